@@ -1,0 +1,69 @@
+"""Recipes: one frozen dataclass a script, YAML files layered with `--config`, single fields changed by options.
+
+The library behind it is jsonargparse, and this file is the only one that knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+
+R = TypeVar("R")
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+def _parser(recipe: type, *, exit_on_error: bool = True) -> ArgumentParser:
+    parser = ArgumentParser(description=recipe.__doc__, exit_on_error=exit_on_error)
+    parser.add_argument("--config", action="config", help="YAML recipe; repeat to layer, the last one wins")
+    parser.add_class_arguments(recipe, as_group=False)
+    return parser
+
+
+def _build(recipe: type[R], parser: ArgumentParser, namespace: Namespace) -> R:
+    fields = vars(parser.instantiate(namespace))
+    return recipe(**{name: value for name, value in fields.items() if name != "config"})
+
+
+def parse(recipe: type[R], argv: Sequence[str] | None = None) -> R:
+    """Recipe from the command line (`argv`, default: the process's own).
+
+    A typo, a wrong type or a failed check of `__post_init__` (ValueError) prints one line that names the key and exits with status 2.
+    """
+    parser = _parser(recipe)
+    try:
+        return _build(recipe, parser, parser.parse_args(argv))
+    except ValueError as err:  # from __post_init__: checks across fields
+        parser.error(str(err))
+
+
+def read(recipe: type[R], *paths: str | Path, **changes: Any) -> R:
+    """Recipe from YAML files, later ones over earlier ones, then `changes` (top-level fields) over all.
+
+    Raises:
+        ValueError: a key that the recipe does not have, a value of a wrong type, or a failed check; the message names it.
+        FileNotFoundError: a path that does not exist.
+    """
+    for path in paths:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"recipe {path}: no such file; expected a YAML file with fields of {recipe.__name__}")
+    parser = _parser(recipe, exit_on_error=False)
+    arguments = [part for path in paths for part in ("--config", str(path))]
+    try:
+        namespace = parser.parse_args(arguments)
+        for name, value in changes.items():
+            namespace[name] = value
+        parser.validate(namespace)
+        return _build(recipe, parser, namespace)
+    except Exception as err:  # jsonargparse's ArgumentError names neither the file nor the recipe
+        raise ValueError(f"recipe {', '.join(map(str, paths)) or recipe.__name__}: {err}") from err
+
+
+def to_yaml(recipe: object) -> str:
+    """The recipe with every field written out; parsed again it equals `recipe`. Stands beside every checkpoint and record."""
+    parser = _parser(type(recipe))
+    return parser.dump(parser.parse_object(asdict(recipe)))  # type: ignore[call-overload]

@@ -1,0 +1,118 @@
+"""Records, tables and the report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from common import results
+from common.results import Record, between_markers
+
+
+@pytest.fixture
+def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository with one project that has two rows."""
+    project = tmp_path / "projects" / "toy"
+    project.mkdir(parents=True)
+    (project / "tables.yaml").write_text(
+        """
+title: A toy.
+demo: {command: python -m projects.toy.evaluate, rows: [{what: digits, metric: accuracy (%), recipe: recipes/demo.yaml}]}
+rows:
+  - {table: Table 1, row: Cora, what: "Cora, probe", metric: accuracy (%), reported: 84.2, spread: 0.4, source: seen, recipe: recipes/cora.yaml, command: x}
+  - {table: Table 1, row: PubMed, what: PubMed, metric: accuracy (%), reported: 81.1, source: memory, recipe: recipes/pubmed.yaml, command: x}
+  - {table: Table 1, row: DGI, what: DGI on Cora, metric: accuracy (%), reported: 82.3, source: seen}
+"""
+    )
+    (project / "README.md").write_text("# toy\n<!-- table:start -->\nold\n<!-- table:end -->\nrest\n")
+    (tmp_path / "projects" / "papers.yaml").write_text(
+        "- {folder: toy, title: Toy, sentence: Short.}\n- {folder: later, title: L, sentence: S.}\n"
+    )
+    (tmp_path / "README.md").write_text("<!-- index:start --><!-- index:end -->\n<!-- table:start --><!-- table:end -->\n")
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    monkeypatch.setattr(results, "PROJECTS", tmp_path / "projects")
+    return tmp_path
+
+
+def record(**changes: object) -> Record:
+    base = {
+        "recipe": "recipes/cora.yaml",
+        "metric": "accuracy (%)",
+        "values": [84.0, 83.0, 85.0],
+        "seeds": [0, 1, 2],
+        "weights": "trained here",
+    }
+    return Record(**{**base, "data": {"name": "Cora"}, "hours": 0.1, **changes})  # type: ignore[arg-type]
+
+
+def test_the_table_shows_reported_obtained_and_difference(house: Path) -> None:
+    results.save_record("toy", record())
+    lines = results.table("toy").splitlines()
+    assert lines[2].startswith("| Table 1 | Cora, probe | accuracy (%) | 84.2 ± 0.4 | 84.0 ± 0.8 (n=3) | -0.2 | trained here; ")
+    assert "| 81.1¹ | not run | – |" in lines[3]
+    assert "| 82.3 | no recipe | – |" in lines[4]
+    assert "known from memory" in lines[-1]
+    assert len(results.table("toy", only_run=True).splitlines()) == 3
+
+
+def test_records_are_never_overwritten_and_the_newest_is_shown(house: Path) -> None:
+    first = results.save_record("toy", record())
+    second = results.save_record("toy", record(values=[80.0], seeds=[0]))
+    assert first != second
+    assert first.exists()
+    stored = json.loads(second.read_text())
+    assert {"commit", "date", "device", "versions"} <= stored.keys()
+    older, newer = json.loads(first.read_text()), stored
+    older["date"], newer["date"] = "2026-01-01", "2026-01-02"
+    first.write_text(json.dumps(older))
+    second.write_text(json.dumps(newer))
+    assert "| 80.0 | -4.2 |" in results.table("toy")
+
+
+@pytest.mark.parametrize("changes", [{"values": []}, {"seeds": [0]}, {"values": [1.0, 2.0, float("nan")]}])
+def test_a_record_needs_one_finite_value_a_seed(house: Path, changes: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="expected one finite value a seed"):
+        results.save_record("toy", record(**changes))
+    assert results.records("toy") == []
+
+
+def test_demo_figures_stay_apart(house: Path) -> None:
+    results.save_record("toy", record(recipe="recipes/demo.yaml", values=[0.5], seeds=[0]), demo=True)
+    assert "| digits | accuracy (%) | 0.5 |" in results.demo_table("toy")
+    assert "0.5" not in results.table("toy")
+
+
+def test_readmes_are_rendered_between_their_markers(house: Path) -> None:
+    assert {path.name for path in results.write_tables()} == {"README.md"}
+    text = (house / "projects" / "toy" / "README.md").read_text()
+    assert text.startswith("# toy\n<!-- table:start -->\n\n| Table |")
+    assert text.endswith("<!-- table:end -->\nrest\n")
+    assert "| `later` | L | S. | planned |" in (house / "README.md").read_text()
+    assert results.write_tables() == []
+    with pytest.raises(ValueError, match="found neither"):
+        between_markers("no markers", "x")
+
+
+def test_rows_must_say_how_their_figure_is_known(house: Path) -> None:
+    path = house / "projects" / "toy" / "tables.yaml"
+    path.write_text("rows: [{what: a, metric: b, reported: 1.0}]")
+    with pytest.raises(ValueError, match="expected source: seen or memory, found None"):
+        results.table("toy")
+    path.write_text("rows: [{what: a, metric: b}]")
+    with pytest.raises(ValueError, match=r"row a lacks \['reported'\]"):
+        results.table("toy")
+
+
+def test_the_report_holds_tables_curves_and_pictures(house: Path) -> None:
+    run = house / "runs" / "toy" / "demo"
+    run.mkdir(parents=True)
+    (run / "metrics.jsonl").write_text("".join(json.dumps({"step": s, "loss": 1 / s}) + "\n" for s in range(1, 9)))
+    results.picture_path("toy", "field_of_scores").write_bytes(b"\x89PNG")
+    results.save_record("toy", record())
+    page = results.write_report().read_text()
+    assert "toy/demo: loss 1 → 0.125 in 8 steps" in page
+    assert 'alt="field of scores"' in page
+    assert "<td>84.0 ± 0.8 (n=3)</td>" in page
+    assert "http" not in page
