@@ -1,0 +1,166 @@
+"""A GraphMAE training step (forward, loss, backward, Adam) on two generated inputs: ours on both paths, and as a user of torch-geometric would write it.
+
+`python -m benchmarks.graphmae_step` prints a JSON line each: configuration, median processor and wall seconds a step, parameters. All are built
+first and timed in turn, round after round, so that a busy machine disturbs them alike; compare processor seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import warnings
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from projects.graphmae.layers import Graph, prepare
+from projects.graphmae.model import Features, GraphMAE, draw_masks
+from projects.graphmae.pretrain import adam
+
+Step = Callable[[], Tensor]
+NODE: dict[str, Any] = {"hidden": 256, "heads": 4, "layers": 2, "mask_rate": 0.5, "replace_rate": 0.05, "gamma": 3.0}
+GRAPH: dict[str, Any] = {
+    "encoder": "gin",
+    "decoder": "gin",
+    "hidden": 512,
+    "layers": 2,
+    "norm": "batchnorm",
+    "mask_rate": 0.5,
+    "replace_rate": 0.0,
+    "gamma": 1.0,
+}
+
+
+def _undirected(nodes: int, edges: int, generator: torch.Generator) -> Tensor:
+    """`edges` distinct undirected edges, both ways."""
+    chosen = torch.triu_indices(nodes, nodes, 1)[:, torch.randperm(nodes * (nodes - 1) // 2, generator=generator)[:edges]]
+    return torch.cat([chosen, chosen.flip(0)], dim=1)
+
+
+def node_input() -> tuple[Tensor, Tensor]:
+    """2,700 nodes, 5,300 undirected edges plus loops, 1,433 binary features of density 0.0127, rows divided by their sum."""
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.rand(2700, 1433, generator=generator) < 0.0127).float()
+    return x / x.sum(1, keepdim=True).clamp(min=1), prepare(_undirected(2700, 5300, generator), 2700)
+
+
+def graph_input() -> tuple[Tensor, Tensor]:
+    """32 graphs of 20 nodes and 96 undirected edges plus loops, 136 one-hot features."""
+    generator = torch.Generator().manual_seed(0)
+    edges = torch.cat([_undirected(20, 96, generator) + 20 * g for g in range(32)], dim=1)
+    return F.one_hot(torch.randint(136, (640,), generator=generator), 136).float(), prepare(edges, 640)
+
+
+class Peer(nn.Module):
+    """GraphMAE from torch-geometric's GATConv or GINConv: the same method and sizes, dense input, all nodes at every stage."""
+
+    def __init__(self, kind: str, in_dim: int, hidden: int, layers: int, heads: int) -> None:
+        super().__init__()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from torch_geometric.nn import GATConv, GINConv
+
+        def mlp(a: int, b: int) -> nn.Module:
+            return nn.Sequential(nn.Linear(a, hidden), nn.BatchNorm1d(hidden), nn.PReLU(), nn.Linear(hidden, b))
+
+        def conv(a: int, b: int, h: int) -> nn.Module:
+            return GATConv(a, b // h, h, dropout=0.1, add_self_loops=False) if kind == "gat" else GINConv(mlp(a, b))
+
+        self.convs = nn.ModuleList(conv(in_dim if level == 0 else hidden, hidden, heads) for level in range(layers))
+        self.norms = nn.ModuleList(nn.BatchNorm1d(hidden) if kind == "gin" else nn.Identity() for _ in range(layers))
+        self.acts = nn.ModuleList(nn.PReLU() for _ in range(layers))
+        self.token = nn.Parameter(torch.zeros(1, in_dim))
+        self.middle = nn.Linear(hidden, hidden, bias=False)
+        self.decoder = conv(hidden, in_dim, 1)
+
+    def forward(self, x: Tensor, edges: Tensor, mask_rate: float, replace_rate: float, gamma: float) -> Tensor:
+        masks = draw_masks(len(x), mask_rate, replace_rate)
+        h = x.clone()
+        h[masks.noise_nodes] = x[masks.noise_source_nodes]
+        h[masks.token_nodes] = self.token
+        for conv, norm, act in zip(self.convs, self.norms, self.acts, strict=True):
+            h = act(norm(conv(F.dropout(h, 0.2, self.training), edges)))
+        code = self.middle(h)
+        code[masks.mask_nodes] = 0
+        out = self.decoder(F.dropout(code, 0.2, self.training), edges)[masks.mask_nodes]
+        return (1 - F.cosine_similarity(out, x[masks.mask_nodes], eps=1e-12)).pow(gamma).mean()
+
+
+def _ours(
+    inputs: Callable[[], tuple[Tensor, Tensor]], settings: dict[str, Any], path: str, weight_decay: float, lr: float
+) -> tuple[nn.Module, Step]:
+    x, edges = inputs()
+    torch.manual_seed(0)
+    model = GraphMAE(x.shape[1], **settings)
+    update = adam(model, lr, weight_decay)
+    features, graph = Features(x), Graph.from_edges(edges, len(x))
+
+    def step() -> Tensor:
+        update.zero_grad()
+        loss = model(features if path == "efficient" else x, graph, path=path).loss
+        loss.backward()
+        update.step()
+        return loss.detach()
+
+    return model, step
+
+
+def _peer(
+    inputs: Callable[[], tuple[Tensor, Tensor]], kind: str, settings: dict[str, Any], weight_decay: float, lr: float
+) -> tuple[nn.Module, Step]:
+    x, edges = inputs()
+    torch.manual_seed(0)
+    model = Peer(kind, x.shape[1], settings["hidden"], settings["layers"], settings.get("heads", 1))
+    update = torch.optim.Adam(model.parameters(), lr=lr, weight_decay=weight_decay)
+
+    def step() -> Tensor:
+        update.zero_grad()
+        loss = model(x, edges, settings["mask_rate"], settings["replace_rate"], settings["gamma"])
+        loss.backward()
+        update.step()
+        return loss.detach()
+
+    return model, step
+
+
+def configurations() -> dict[str, Callable[[], tuple[nn.Module, Step]]]:
+    """By name, what builds (model, step); a step trains once and gives its loss."""
+    return {
+        "node, efficient": lambda: _ours(node_input, NODE, "efficient", 2e-4, 1e-3),
+        "node, plain": lambda: _ours(node_input, NODE, "plain", 2e-4, 1e-3),
+        "node, torch-geometric": lambda: _peer(node_input, "gat", NODE, 2e-4, 1e-3),
+        "graph, efficient": lambda: _ours(graph_input, GRAPH, "efficient", 0.0, 1.5e-4),
+        "graph, plain": lambda: _ours(graph_input, GRAPH, "plain", 0.0, 1.5e-4),
+        "graph, torch-geometric": lambda: _peer(graph_input, "gin", GRAPH, 0.0, 1.5e-4),
+    }
+
+
+def measure(rounds: int = 7, warm_up: int = 2) -> list[dict[str, Any]]:
+    """Median seconds a step of every configuration, one thread."""
+    torch.set_num_threads(1)
+    built = {name: make() for name, make in configurations().items()}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in built}
+    for number in range(warm_up + rounds):
+        for name, (_, step) in built.items():
+            cpu, wall = time.process_time(), time.perf_counter()
+            step().item()
+            if number >= warm_up:
+                times[name].append((time.process_time() - cpu, time.perf_counter() - wall))
+    return [
+        {
+            "configuration": name,
+            "processor_seconds_per_step": round(median(cpu for cpu, _ in spent), 4),
+            "wall_seconds_per_step": round(median(wall for _, wall in spent), 4),
+            "parameters": sum(p.numel() for p in built[name][0].parameters()),
+        }
+        for name, spent in times.items()
+    ]
+
+
+if __name__ == "__main__":
+    for line in measure():
+        print(json.dumps(line))

@@ -1,0 +1,23 @@
+"""The compiler takes every kernel at every tile, for H100 and A100, without a GPU: it refuses some of what the interpreter runs."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from common.kernels import _triton
+
+MOST_SHARED = {90: 227 * 1024, 80: 163 * 1024}
+
+
+def test_kernels_compile_within_shared_memory_and_without_spills(device: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    root = Path(_triton.__file__).parents[2]
+    done = subprocess.run([sys.executable, "-m", "tests.kernels.compiled"], cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert {report["capability"] for report in reports} == {80, 90}
+    assert len(reports) >= 40
+    wrong = [report for report in reports if report["shared"] > MOST_SHARED[report["capability"]] or report["spilled"]]
+    assert not wrong, wrong
