@@ -79,6 +79,17 @@ def set_rng_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
+def _plain(value: Any) -> Any:
+    """Containers, and numbers of checked types (jsonargparse's PositiveFloat ...) as plain ones: weights-only loading knows no others."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_plain, value))
+    if isinstance(value, float | int) and type(value) not in (float, int, bool):
+        return float(value) if isinstance(value, float) else int(value)
+    return value
+
+
 def latest(folder: Path) -> Path | None:
     """The newest complete training state under `folder`, or None."""
     found = sorted(folder.glob("step-*")) if folder.is_dir() else []
@@ -107,7 +118,7 @@ def write_state(folder: Path, step: int, shared: dict[str, Any], *, rank: int = 
     if rank == 0:
         try:
             with written_aside(aside / "state.pt") as path:
-                torch.save({"format": FORMAT, **shared}, path)
+                torch.save(_plain({"format": FORMAT, **shared}), path)
         except OSError:
             shutil.rmtree(aside, ignore_errors=True)
             raise

@@ -29,7 +29,7 @@ import yaml
 from accelerate import Accelerator, PartialState
 from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from accelerate.state import AcceleratorState
-from accelerate.utils import send_to_device
+from accelerate.utils import parse_flag_from_env, send_to_device
 from jsonargparse.typing import NonNegativeInt, OpenUnitInterval, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -224,13 +224,19 @@ def _local_length(loader: DataLoader[Any] | Sequence[Any], processes: int) -> in
     return math.ceil(length / processes)
 
 
+def _processes() -> int:
+    """How many processes run; asked before `fit`, it must start the group on the device that `fit` will use."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).num_processes
+
+
 def budget(loader: DataLoader[Any] | Sequence[Any], training: Training) -> Budget:
     """Optimiser steps per epoch and in total, with the loader's batches shared among the processes that run."""
-    batches = _local_length(loader, PartialState().num_processes)
+    processes = _processes()
+    batches = _local_length(loader, processes)
     per_epoch = math.ceil(batches / training.accumulation)
     if per_epoch < 1:
         raise ValueError(
-            f"loader: expected at least one batch a process, found {len(loader)} for {PartialState().num_processes} processes; use a smaller batch or keep the last one"
+            f"loader: expected at least one batch a process, found {len(loader)} for {processes} processes; use a smaller batch or keep the last one"
         )
     return Budget(per_epoch, training.steps if training.steps is not None else per_epoch * (training.epochs or 0))
 

@@ -5,6 +5,7 @@ The library behind it is jsonargparse, and this file is the only one that knows.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -29,14 +30,21 @@ def _build(recipe: type[R], parser: ArgumentParser, namespace: Namespace) -> R:
     return recipe(**{name: value for name, value in fields.items() if name != "config"})
 
 
+def _underscored(part: str) -> str:
+    """`--data-root=x` -> `--data_root=x`; anything else as it is."""
+    name, equals, value = part.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value if name.startswith("--") else part
+
+
 def parse(recipe: type[R], argv: Sequence[str] | None = None) -> R:
     """Recipe from the command line (`argv`, default: the process's own).
 
-    A typo, a wrong type or a failed check of `__post_init__` (ValueError) prints one line that names the key and exits with status 2.
+    Options may be spelled with hyphens or underscores. A typo, a wrong type or a failed check of `__post_init__` (ValueError) prints one line that names the key and exits with status 2.
     """
     parser = _parser(recipe)
+    given = sys.argv[1:] if argv is None else argv
     try:
-        return _build(recipe, parser, parser.parse_args(argv))
+        return _build(recipe, parser, parser.parse_args([_underscored(part) for part in given]))
     except ValueError as err:  # from __post_init__: checks across fields
         parser.error(str(err))
 

@@ -57,7 +57,7 @@ def _commit() -> str:
     try:
         head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
         changed = subprocess.run(
-            ["git", "status", "--porcelain", "-uno", "--", "*.py", "*.yaml"], cwd=ROOT, capture_output=True, text=True, check=True
+            ["git", "status", "--porcelain", "--", "*.py", "*.yaml"], cwd=ROOT, capture_output=True, text=True, check=True
         ).stdout.strip()
         return head + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
@@ -141,7 +141,8 @@ def tables(paper: str) -> dict[str, Any]:
 def records(paper: str, *, demo: bool = False) -> list[dict[str, Any]]:
     """All records of a paper, oldest first."""
     folder = demo_folder(paper) if demo else PROJECTS / paper / "results"
-    return sorted((json.loads(path.read_text()) for path in folder.glob("*.json")), key=lambda record: record["date"])
+    paths = sorted(folder.glob("*.json"), key=lambda path: (len(path.name), path.name))  # -10 comes after -9
+    return sorted((json.loads(path.read_text()) for path in paths), key=lambda record: record["date"])
 
 
 def _number(value: float | None, digits: int | None = None) -> str:

@@ -170,8 +170,9 @@ def main(recipe: Recipe, task: Any = None) -> GraphMAE:
     else:
         loader = task.pretrain
 
+    plan = budget(loader, recipe.training)
+
     def lr_at(step: int) -> float:
-        plan = budget(loader, recipe.training)  # asked for inside fit, where the processes are known
         return (
             cosine(step // plan.per_epoch, total=plan.total / plan.per_epoch, peak=float(recipe.lr)) if recipe.cosine else float(recipe.lr)
         )

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import PyTorchModelHubMixin
+from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -62,6 +63,14 @@ def test_only_the_newest_state_stays_and_half_written_ones_are_ignored(tmp_path:
     assert latest(tmp_path) == tmp_path / "step-00000012"
     assert read_state(tmp_path / "step-00000012")["step"] == 12
     assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-00000012"]
+
+
+def test_numbers_of_checked_types_are_stored_as_plain_ones(tmp_path: Path) -> None:
+    groups = [{"lr": PositiveFloat(0.5), "weight_decay": NonNegativeFloat(0.0), "betas": (0.9, 0.999), "foreach": True}]
+    path = write_state(tmp_path, 1, {"step": PositiveInt(1), "optimizer": {"param_groups": groups}})
+    read = read_state(path)
+    assert read["optimizer"]["param_groups"] == groups
+    assert {type(v) for v in read["optimizer"]["param_groups"][0].values()} == {float, tuple, bool}
 
 
 def test_a_full_disk_leaves_the_last_state_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

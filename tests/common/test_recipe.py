@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from jsonargparse.typing import OpenUnitInterval
+from jsonargparse.typing import NonNegativeFloat, OpenUnitInterval
 
 from common.recipe import parse, read, to_yaml
 
@@ -32,6 +32,8 @@ class Small:
     """Blocks."""
     mask: Mask = field(default_factory=Mask)
     """Masking."""
+    drop_rate: NonNegativeFloat = 0.0
+    """Of the last block."""
     note: str | None = None
     """Words."""
 
@@ -48,8 +50,8 @@ def write(path: Path, text: str) -> str:
 def test_files_are_layered_and_options_win(tmp_path: Path) -> None:
     first = write(tmp_path / "a.yaml", "lr: 2e-4\nmask: {ratio: 0.5}\n")
     second = write(tmp_path / "b.yaml", "depth: 3\n")
-    recipe = parse(Small, ["--config", first, "--config", second, "--mask.kind", "block"])
-    assert recipe == Small(lr=2e-4, depth=3, mask=Mask(0.5, "block"))
+    recipe = parse(Small, ["--config", first, "--config", second, "--mask.kind", "block", "--drop-rate=0.5"])
+    assert recipe == Small(lr=2e-4, depth=3, mask=Mask(0.5, "block"), drop_rate=0.5)
     assert read(Small, first, second, depth=1) == Small(lr=2e-4, depth=1, mask=Mask(0.5))
 
 
