@@ -25,7 +25,9 @@ def papers() -> list[str]:
 def measure(paper: str) -> list[dict[str, Any]]:
     """Medians of every configuration of a paper: processor and wall seconds a step, parameters."""
     lines = importlib.import_module(f"benchmarks.{paper}_step").measure()
-    return [{"paper": paper, **line, "configuration": ", ".join([line["configuration"], *filter(None, [line.get("form")])])} for line in lines]
+    return [
+        {"paper": paper, **line, "configuration": ", ".join([line["configuration"], *filter(None, [line.get("form")])])} for line in lines
+    ]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

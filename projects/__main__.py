@@ -33,7 +33,9 @@ def _run(command: str, paper: str) -> None:
     parts = shlex.split(command)
     # threads that wait must sleep: spinning ones made small steps 90 times slower on two cores of which one was busy
     environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
-    status = subprocess.run([sys.executable if parts[0] == "python" else parts[0], *parts[1:]], cwd=results.ROOT, env=environment).returncode
+    status = subprocess.run(
+        [sys.executable if parts[0] == "python" else parts[0], *parts[1:]], cwd=results.ROOT, env=environment
+    ).returncode
     if status:
         raise SystemExit(f"{paper}: the command above ended with status {status}")
 
