@@ -107,8 +107,9 @@ def run(recipe: Recipe, molecules: MoleculeSet, parts: dict[str, Tensor], start:
     model = synchronised(model)
     loader = Batches(molecules, recipe.batch_size, recipe.seed, parts["train"]).loader()
 
+    per_epoch = budget(loader, recipe.training).per_epoch
+
     def lr_at(step: int) -> float:
-        per_epoch = budget(loader, recipe.training).per_epoch  # asked for inside fit, where the processes are known
         return (
             step_decay(step // per_epoch, every=recipe.decay_every, factor=0.3, peak=float(recipe.lr))
             if recipe.decay_every
