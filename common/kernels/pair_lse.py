@@ -8,6 +8,7 @@ No (N, M) array is kept; the backward pass computes the tiles again. Same input,
 """
 
 import math
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -21,8 +22,10 @@ PLAIN_PAIRS = {"cpu": 2**20, "cuda": 2**22}
 """Up to here the (N, M) array is small change and plain torch is as fast. Fitted on a CPU, not on a GPU yet."""
 TRITON_WIDTH = {2: 512, 4: 256, 8: 512}
 """Widest rows that "auto" gives to Triton, by bytes of an entry; wider ones go through the matrix library in tiles."""
-ROW_TILE = 256
-"""Rows of a tile of the CPU path; 128 to 512 are equal."""
+ROW_TILE, COLUMN_TILE = 256, 1024
+"""Rows and columns of a block of the CPU path: 1 MiB, which stays in the cache."""
+MIRRORED_TILE = 512
+"""The same for rows against themselves: square blocks, so that each has its mirror image."""
 CUDA_TILE_BYTES = 64 * 2**20
 """Logits that the tiled path holds at once on a GPU."""
 SAFE_LOGIT = 32.0
@@ -82,18 +85,25 @@ def _operands(query: Tensor, key: Tensor | None) -> tuple[Tensor, Tensor]:
     return query, query if key is None else key
 
 
-def _tile_rows(query: Tensor, columns: Tensor) -> int:
-    if not query.is_cuda:
-        return ROW_TILE
-    return max(16, CUDA_TILE_BYTES // (4 * max(columns.shape[0], 1)))
+def _tiles(query: Tensor, columns: Tensor, mirrored: bool) -> Iterator[tuple[slice, slice]]:
+    """Blocks of the (N, M) array, row by row. `mirrored` (rows against themselves): only those on and right of the diagonal."""
+    n, m = query.shape[0], columns.shape[0]
+    if query.is_cuda:  # few large launches: whole rows
+        high, wide = max(16, CUDA_TILE_BYTES // (4 * m)), m
+        mirrored = False
+    else:
+        high, wide = (MIRRORED_TILE, MIRRORED_TILE) if mirrored else (ROW_TILE, COLUMN_TILE)
+    for top in range(0, n, high):
+        for left in range(top if mirrored else 0, m, wide):
+            yield slice(top, min(top + high, n)), slice(left, min(left + wide, m))
 
 
 def _small(query: Tensor, columns: Tensor, scale: Tensor) -> bool:
     """Whether every logit is small enough to do without a maximum (never asked on a GPU: the answer would stall it)."""
     if query.is_cuda:
         return False
-    longest = query.square().sum(1).max() * columns.square().sum(1).max()
-    return float(scale.abs() * longest.sqrt()) <= SAFE_LOGIT
+    longest = torch.linalg.vector_norm(query, dim=1).amax() * torch.linalg.vector_norm(columns, dim=1).amax()
+    return float(scale.abs() * longest) <= SAFE_LOGIT
 
 
 class _LeftOut:
@@ -113,12 +123,35 @@ class _LeftOut:
             self.pairs = torch.arange(len(query_group)).repeat_interleave(counts), order[low.repeat_interleave(counts) + within]
             self.bounds = [0, *ends.tolist()]
 
-    def put(self, tile: Tensor, rows: slice, value: float) -> None:
+    def put(self, tile: Tensor, rows: slice, columns: slice, value: float) -> None:
         if self.pairs is not None:
             part = slice(self.bounds[rows.start], self.bounds[rows.stop])
-            tile[self.pairs[0][part] - rows.start, self.pairs[1][part]] = value
+            row, column = (side[part] for side in self.pairs)
+            inside = (column >= columns.start) & (column < columns.stop)
+            tile[row[inside] - rows.start, column[inside] - columns.start] = value
         elif self.query_group is not None and self.others is not None:
-            tile.masked_fill_(self.query_group[rows, None] == self.others[None], value)
+            tile.masked_fill_(self.query_group[rows, None] == self.others[None, columns], value)
+
+
+class _Sums:
+    """log of sums of exponentials that arrive block by block, kept as maximum and sum; without a maximum where logits are small."""
+
+    def __init__(self, count: int, like: Tensor, small: bool) -> None:
+        self.total = like.new_zeros(count)
+        self.small = small
+        self.highest = like.new_full((0 if small else count,), -math.inf)
+
+    def rebase(self, place: slice, largest: Tensor) -> Tensor:
+        """Take in a block's maxima; gives what to subtract from its logits (0 where all are -inf)."""
+        above = torch.maximum(self.highest[place], largest)
+        base = above.masked_fill(above == -math.inf, 0.0)
+        self.total[place] *= (self.highest[place] - base).exp_()
+        self.highest[place] = above
+        return base
+
+    def log(self) -> Tensor:
+        found = self.total.log_()
+        return found if self.small else found.add_(self.highest.masked_fill_(self.highest == -math.inf, 0.0))
 
 
 def _tiled_forward(
@@ -127,6 +160,7 @@ def _tiled_forward(
     """Rows, columns and with `keep` (N, D): the mean of the keys under each row's softmax, from the tile at hand.
 
     Where keys carry no gradient that mean times the upstream gradient is all the backward pass needs: it computes no tile again.
+    Rows against themselves have symmetric logits: a block right of the diagonal gives its rows' sums and, by columns, those of the rows below.
     """
     left_out = _LeftOut(query_group, query_group if key is None else key_group)
     kind = _kind(query)
@@ -134,38 +168,46 @@ def _tiled_forward(
     n, m = query.shape[0], columns.shape[0]
     scale = scale.to(kind)
     small = _small(query, columns, scale)
-    row = query.new_empty(n, dtype=kind)
-    mean = query.new_empty((n, query.shape[1]) if keep else (0,), dtype=kind)
-    column_max = query.new_full((m if both else 0,), -math.inf, dtype=kind)
-    column_sum = query.new_zeros(m if both else 0, dtype=kind)
-    step = min(_tile_rows(query, columns), n)
-    buffer = query.new_empty(step, m, dtype=kind)
-    for start in range(0, n, step):
-        rows = slice(start, min(start + step, n))
-        tile = _logits(query[rows], columns, scale, buffer[: rows.stop - start])
+    like = query.new_empty(0, dtype=kind)
+    row, column = _Sums(n, like, small), _Sums(m if both else 0, like, small)
+    mean = query.new_zeros((n, query.shape[1]) if keep else (0,), dtype=kind)
+    buffer = like
+    for rows, across in _tiles(query, columns, key is None):
+        buffer, tile = _block(buffer, query[rows], columns[across], scale)
         if small:
             tile.exp_()
-            left_out.put(tile, rows, 0.0)
-            total = tile.sum(1)
-            row[rows] = total.log()
+            left_out.put(tile, rows, across, 0.0)
+            row.total[rows] += tile.sum(1)
             if both:
-                column_sum += tile.sum(0)
+                column.total[across] += tile.sum(0)
+            elif key is None and across.start > rows.start:
+                row.total[across] += tile.sum(0)
         else:
-            left_out.put(tile, rows, -math.inf)
+            left_out.put(tile, rows, across, -math.inf)
             if both:
-                highest = torch.maximum(column_max, tile.amax(0))
-                finite = highest.masked_fill(highest == -math.inf, 0.0)
-                column_sum = column_sum * (column_max - finite).exp_() + (tile - finite).exp_().sum(0)
-                column_max = highest
-            highest = tile.amax(1)
-            finite = highest.masked_fill_(highest == -math.inf, 0.0)
-            total = tile.sub_(finite[:, None]).exp_().sum(1)
-            row[rows] = total.log().add_(finite)
+                base = column.rebase(across, tile.amax(0))
+                column.total[across] += (tile - base).exp_().sum(0)
+            elif key is None and across.start > rows.start:
+                base = row.rebase(across, tile.amax(0))
+                row.total[across] += (tile - base).exp_().sum(0)
+            before = row.highest[rows].clone() if keep else None
+            base = row.rebase(rows, tile.amax(1))
+            if before is not None:
+                mean[rows] *= (before - base).exp_()[:, None]
+            row.total[rows] += tile.sub_(base[:, None]).exp_().sum(1)
         if keep:
-            mean[rows] = _product(tile.to(columns.dtype), columns).div_(total.clamp_(min=torch.finfo(kind).tiny)[:, None])
-    if both and not small:
-        return row, column_sum.log_().add_(column_max.masked_fill_(column_max == -math.inf, 0.0)), mean
-    return row, column_sum.log_(), mean
+            mean[rows] += _product(tile.to(columns.dtype), columns[across])
+    if keep:
+        mean.div_(row.total.clamp(min=torch.finfo(kind).tiny)[:, None])
+    return row.log(), column.log(), mean
+
+
+def _block(buffer: Tensor, rows: Tensor, columns: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits of one block, in memory that every block uses again (the first is the largest)."""
+    size = rows.shape[0] * columns.shape[0]
+    if buffer.numel() < size:
+        buffer = buffer.new_empty(size)
+    return buffer, _logits(rows, columns, scale, buffer[:size].view(rows.shape[0], columns.shape[0]))
 
 
 def _tiled_backward(
@@ -182,7 +224,7 @@ def _tiled_backward(
 ) -> tuple[Tensor, Tensor | None]:
     """Sums (not yet times scale) over j of g_ij key_j, and over i of g_ij query_i, with g_ij = d loss / d logit_ij.
 
-    Against itself the two sums are one: logits are symmetric, so row i gathers g_ij + g_ji.
+    Against itself the two sums are one: logits are symmetric, so row i gathers g_ij + g_ji, and a block serves its mirror image too.
     """
     left_out = _LeftOut(query_group, query_group if key is None else key_group)
     if key is None:
@@ -195,25 +237,25 @@ def _tiled_backward(
     if small:
         row_factor = grad_row * (-row).exp_()
         column_factor = None if column is None or grad_column is None else grad_column * (-column).exp_()
-    out = query.new_empty(n, query.shape[1], dtype=kind)
+    out = query.new_zeros(n, query.shape[1], dtype=kind)
     key_out = query.new_zeros(m, query.shape[1], dtype=kind) if need_key and key is not None else None
-    step = min(_tile_rows(query, columns), n)
-    buffer = query.new_empty(step, m, dtype=kind)
-    for start in range(0, n, step):
-        rows = slice(start, min(start + step, n))
-        tile = _logits(query[rows], columns, scale, buffer[: rows.stop - start])
+    buffer = query.new_empty(0, dtype=kind)
+    for rows, across in _tiles(query, columns, key is None):
+        buffer, tile = _block(buffer, query[rows], columns[across], scale)
         if small:
-            tile.exp_().mul_(row_factor[rows, None] if column_factor is None else row_factor[rows, None] + column_factor)
+            tile.exp_().mul_(row_factor[rows, None] if column_factor is None else row_factor[rows, None] + column_factor[across])
         elif column is None or grad_column is None:
             tile.sub_(row[rows, None]).exp_().mul_(grad_row[rows, None])
         else:
-            by_column = (tile - column).exp_().mul_(grad_column)
+            by_column = (tile - column[across]).exp_().mul_(grad_column[across])
             tile.sub_(row[rows, None]).exp_().mul_(grad_row[rows, None]).add_(by_column)
-        left_out.put(tile, rows, 0.0)
+        left_out.put(tile, rows, across, 0.0)
         weights = tile.to(query.dtype)
-        out[rows] = _product(weights, columns)
+        out[rows] += _product(weights, columns[across])
         if key_out is not None:
-            key_out += _product(weights.T, query[rows])
+            key_out[across] += _product(weights.T, query[rows])
+        elif key is None and across.start > rows.start:
+            out[across] += _product(weights.T, query[rows])
     return out, key_out
 
 
@@ -584,7 +626,7 @@ def _pair_lse_backward(
             query, key, scale, query_group, key_group, row, column if both else None, grad_row, grad_column if both else None, need_key
         )
     kind = out.dtype
-    along = (query.to(kind) * out).sum()  # sum of g_ij q_i . k_j; against itself every pair stands in both rows
+    along = torch.dot(query.reshape(-1).to(kind), out.reshape(-1))  # sum of g_ij q_i . k_j; against itself every pair stands in both rows
     grad_scale = (along / 2 if key is None else along).to(scale.dtype)
     factor = scale.to(kind)
     grad_key = query.new_empty(0) if key_out is None else (key_out * factor).to(query.dtype)
@@ -620,7 +662,7 @@ def _backward(ctx, grad_row, grad_column, _grad_mean):  # type: ignore[no-untype
     row, column, mean, query, key, scale, query_group, key_group = ctx.saved_tensors
     if ctx.keep:
         along = mean * grad_row.masked_fill(row == -math.inf, 0.0)[:, None]
-        grads = (along * scale).to(query.dtype), None, (query.to(along.dtype) * along).sum().to(scale.dtype)
+        grads = (along * scale).to(query.dtype), None, torch.dot(query.reshape(-1).to(along.dtype), along.reshape(-1)).to(scale.dtype)
         return *grads, None, None, None, None, None
     need_key = key is not None and ctx.needs_input_grad[1]
     given = (grad_row.contiguous(), grad_column.contiguous(), row, column, query, key, scale, query_group, key_group)

@@ -69,8 +69,9 @@ def test_kernels_equal_the_definition(
 @pytest.mark.parametrize("limit", [0.0, 32.0])  # two exponentials a pair, and one
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("mode", ["row", "both", "self"])
-def test_tiles_of_any_height_equal_the_definition(mode: str, grouped: bool, limit: float, monkeypatch: Any) -> None:
-    monkeypatch.setattr(p, "ROW_TILE", 8)
+def test_tiles_of_any_size_equal_the_definition(mode: str, grouped: bool, limit: float, monkeypatch: Any) -> None:
+    for name, size in (("ROW_TILE", 8), ("COLUMN_TILE", 5), ("MIRRORED_TILE", 8)):
+        monkeypatch.setattr(p, name, size)
     monkeypatch.setattr(p, "SAFE_LOGIT", limit)
     query, key = rows(21, 12, torch.float64, "cpu"), None if mode == "self" else rows(13, 12, torch.float64, "cpu", 1)
     scale = torch.tensor(0.9, dtype=torch.float64, requires_grad=True)
@@ -218,6 +219,7 @@ def test_tiles_with_fixed_keys_are_computed_once(limit: float, monkeypatch: Any)
     """The forward pass keeps each row's mean key; the backward pass scales it, whatever the upstream gradient."""
     monkeypatch.setattr(p, "SAFE_LOGIT", limit)
     monkeypatch.setattr(p, "ROW_TILE", 4)
+    monkeypatch.setattr(p, "COLUMN_TILE", 3)
     query, key = rows(11, 12, torch.float64, "cpu"), rows(7, 12, torch.float64, "cpu", 1).detach()
     scale = torch.tensor(1.2, dtype=torch.float64, requires_grad=True)
     groups = torch.tensor([0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9]), torch.tensor([0, 0, 0, 0, 0, 0, 1])
@@ -270,7 +272,7 @@ def test_tiles_hold_two_rows_of_tiles_at_most(scale: float) -> None:
     with Peak() as peak:
         row, column, _ = p._tiled_forward(query, key, factor, index, index, True)
         p._tiled_backward(query, key, factor, index, index, row, column, torch.ones(n), torch.ones(n), True)
-    tile = p.ROW_TILE * n * 4
+    tile = p.ROW_TILE * min(n, p.COLUMN_TILE) * 4
     assert peak.most <= 2.3 * tile + 20 * n * d * 4 < n * n * 4  # 2.3: the comparison of groups is a quarter of a tile
 
 
