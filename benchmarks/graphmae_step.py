@@ -1,27 +1,24 @@
 """A GraphMAE training step (forward, loss, backward, Adam) on two generated inputs: ours on both paths, and as a user of torch-geometric would write it.
 
-`python -m benchmarks.graphmae_step` prints a JSON line each: configuration, median processor and wall seconds a step, parameters. All are built
-first and timed in turn, round after round, so that a busy machine disturbs them alike; compare processor seconds.
+`python -m benchmarks.steps graphmae` prints a JSON line each.
 """
 
 from __future__ import annotations
 
-import json
-import time
 import warnings
 from collections.abc import Callable
-from statistics import median
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.timing import Built, Feed, Forms, parameters
+from projects.graphmae.data import Batches, shapes
 from projects.graphmae.layers import Graph, prepare
 from projects.graphmae.model import Features, GraphMAE, draw_masks
 from projects.graphmae.pretrain import adam
 
-Step = Callable[[], Tensor]
 NODE: dict[str, Any] = {"hidden": 256, "heads": 4, "layers": 2, "mask_rate": 0.5, "replace_rate": 0.05, "gamma": 3.0}
 GRAPH: dict[str, Any] = {
     "encoder": "gin",
@@ -90,9 +87,7 @@ class Peer(nn.Module):
         return (1 - F.cosine_similarity(out, x[masks.mask_nodes], eps=1e-12)).pow(gamma).mean()
 
 
-def _ours(
-    inputs: Callable[[], tuple[Tensor, Tensor]], settings: dict[str, Any], path: str, weight_decay: float, lr: float
-) -> tuple[nn.Module, Step]:
+def _ours(inputs: Callable[[], tuple[Tensor, Tensor]], settings: dict[str, Any], path: str, weight_decay: float, lr: float) -> Built:
     x, edges = inputs()
     torch.manual_seed(0)
     model = GraphMAE(x.shape[1], **settings)
@@ -106,12 +101,10 @@ def _ours(
         update.step()
         return loss.detach()
 
-    return model, step
+    return Built(step, parameters(model))
 
 
-def _peer(
-    inputs: Callable[[], tuple[Tensor, Tensor]], kind: str, settings: dict[str, Any], weight_decay: float, lr: float
-) -> tuple[nn.Module, Step]:
+def _peer(inputs: Callable[[], tuple[Tensor, Tensor]], kind: str, settings: dict[str, Any], weight_decay: float, lr: float) -> Built:
     x, edges = inputs()
     torch.manual_seed(0)
     model = Peer(kind, x.shape[1], settings["hidden"], settings["layers"], settings.get("heads", 1))
@@ -124,43 +117,25 @@ def _peer(
         update.step()
         return loss.detach()
 
-    return model, step
+    return Built(step, parameters(model))
 
 
-def configurations() -> dict[str, Callable[[], tuple[nn.Module, Step]]]:
-    """By name, what builds (model, step); a step trains once and gives its loss."""
+def configurations() -> dict[str, Forms]:
+    """Node and graph step: the re-ordered efficient path, the plain one, and torch-geometric's layers."""
     return {
-        "node, efficient": lambda: _ours(node_input, NODE, "efficient", 2e-4, 1e-3),
-        "node, plain": lambda: _ours(node_input, NODE, "plain", 2e-4, 1e-3),
-        "node, torch-geometric": lambda: _peer(node_input, "gat", NODE, 2e-4, 1e-3),
-        "graph, efficient": lambda: _ours(graph_input, GRAPH, "efficient", 0.0, 1.5e-4),
-        "graph, plain": lambda: _ours(graph_input, GRAPH, "plain", 0.0, 1.5e-4),
-        "graph, torch-geometric": lambda: _peer(graph_input, "gin", GRAPH, 0.0, 1.5e-4),
+        "node": {
+            "efficient": lambda: _ours(node_input, NODE, "efficient", 2e-4, 1e-3),
+            "plain": lambda: _ours(node_input, NODE, "plain", 2e-4, 1e-3),
+            "torch-geometric": lambda: _peer(node_input, "gat", NODE, 2e-4, 1e-3),
+        },
+        "graph": {
+            "efficient": lambda: _ours(graph_input, GRAPH, "efficient", 0.0, 1.5e-4),
+            "plain": lambda: _ours(graph_input, GRAPH, "plain", 0.0, 1.5e-4),
+            "torch-geometric": lambda: _peer(graph_input, "gin", GRAPH, 0.0, 1.5e-4),
+        },
     }
 
 
-def measure(rounds: int = 7, warm_up: int = 2) -> list[dict[str, Any]]:
-    """Median seconds a step of every configuration, one thread."""
-    torch.set_num_threads(1)
-    built = {name: make() for name, make in configurations().items()}
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in built}
-    for number in range(warm_up + rounds):
-        for name, (_, step) in built.items():
-            cpu, wall = time.process_time(), time.perf_counter()
-            step().item()
-            if number >= warm_up:
-                times[name].append((time.process_time() - cpu, time.perf_counter() - wall))
-    return [
-        {
-            "configuration": name,
-            "processor_seconds_per_step": round(median(cpu for cpu, _ in spent), 4),
-            "wall_seconds_per_step": round(median(wall for _, wall in spent), 4),
-            "parameters": sum(p.numel() for p in built[name][0].parameters()),
-        }
-        for name, spent in times.items()
-    ]
-
-
-if __name__ == "__main__":
-    for line in measure():
-        print(json.dumps(line))
+def loaders() -> dict[str, Feed]:
+    """Batches of 32 graphs cut out of one joined set, as every graph recipe has them."""
+    return {"batches of 32 of 960 graphs of 10 to 20 nodes": Feed(Batches(shapes(graphs=960), 32, seed=0).loader(), 32)}

@@ -1,6 +1,6 @@
 """Every path of every kernel against eager torch, `torch.compile` of the same code and the peers that are installed, in one run.
 
-`python -m benchmarks.kernels [--only pair_lse patch_loss points] [--rounds 7]` writes `benchmarks/results/<device>/kernels.{json,md}`.
+`python -m benchmarks.kernels [--only pair_lse patch_loss points] [--rounds 7] [--budget 300]` writes `benchmarks/results/<device>/kernels.{json,md}`.
 Variants of a case are timed in turn, shuffled anew each round: processor seconds of one thread on a CPU, CUDA events with a cold cache on a GPU.
 A ratio is eager's time over the variant's in the same round, so that a busy machine disturbs both alike. Memory is the most that a step
 (forward and backward) holds beyond its inputs and their gradients.
@@ -25,7 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.timing import Step, held
 from common import contrastive
+from common.checkpoint import write_text
 from common.kernels import pair_lse, patch_loss, points
 
 RESULTS = Path(__file__).parent / "results"
@@ -34,8 +36,6 @@ COLD = 2**28
 """Bytes written before each timing on a GPU, to empty its cache."""
 MOST_BYTES = {"cpu": 6 * 2**30, "cuda": 40 * 2**30}
 """Plain variants that would hold more are left out."""
-
-Step = Callable[[], Tensor]
 
 
 @dataclass
@@ -56,6 +56,11 @@ def device_name() -> str:
     info = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.is_file() else None
     return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def folder() -> Path:
+    """Of this device's records."""
+    return RESULTS / re.sub(r"[^a-z0-9]+", "-", device_name().lower()).strip("-")
 
 
 def timed(step: Step, leaves: list[Tensor], cold: Tensor | None) -> tuple[float, float]:
@@ -82,28 +87,16 @@ def timed(step: Step, leaves: list[Tensor], cold: Tensor | None) -> tuple[float,
 
 
 def peak(step: Step, leaves: list[Tensor]) -> int:
-    """Most bytes held during a step beyond what was there before."""
+    """Most bytes held during a step beyond what was there before, gradients of the leaves counted as there."""
     for leaf in leaves:
         leaf.grad = torch.zeros_like(leaf)
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+
+    def whole() -> None:
         loss = step()
         if leaves:
             loss.backward()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        loss = step()
-        if leaves:
-            loss.backward()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    return most
+
+    return held(whole)
 
 
 def measure(case: Case, rounds: int, shuffle: random.Random) -> list[dict[str, Any]]:
@@ -527,12 +520,17 @@ def main(argv: list[str] | None = None) -> Path:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(GROUPS), default=list(GROUPS))
     parser.add_argument("--rounds", type=int, default=7 if DEVICE == "cpu" else 50)
+    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no further case is begun")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     shuffle = random.Random(0)
     found: list[dict[str, Any]] = []
+    began, left_out = time.monotonic(), 0
     for group in options.only:
         for case in GROUPS[group]():
+            if time.monotonic() - began > options.budget:
+                left_out += 1
+                continue
             torch.compiler.reset()
             measured = measure(case, options.rounds, shuffle)
             for row in measured:
@@ -548,17 +546,16 @@ def main(argv: list[str] | None = None) -> Path:
         "kind": DEVICE,
         "date": time.strftime("%Y-%m-%d"),
         "rounds": options.rounds,
+        "cases_left_out_for_time": left_out,
         "versions": versions(),
         "tiles": {"forward": pair_lse.FORWARD_TILES, "backward": pair_lse.BACKWARD_TILES},
         "cases": found,
         "growth": growth() if "pair_lse" in options.only else [],
     }
-    folder = RESULTS / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "kernels.json").write_text(json.dumps(record, indent=1) + "\n")
-    (folder / "kernels.md").write_text(table(record))
-    print(f"wrote {folder / 'kernels.md'}")
-    return folder / "kernels.md"
+    write_text(folder() / "kernels.json", json.dumps(record, indent=1) + "\n")
+    write_text(folder() / "kernels.md", table(record))
+    print(f"wrote {folder() / 'kernels.md'}")
+    return folder() / "kernels.md"
 
 
 if __name__ == "__main__":

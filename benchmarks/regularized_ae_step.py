@@ -1,27 +1,23 @@
 """Steps of the regularised auto-encoders: d = 10, 128 tanh units, float64, batch 10,000; and a Metropolis-Hastings step of 200 chains x 20 path points.
 
-`python -m benchmarks.regularized_ae_step` prints a JSON line each: configuration, median processor and wall seconds a step, parameters. Each is
-timed beside its naive form, turn by turn, so that a busy machine disturbs both alike; compare processor seconds.
+`python -m benchmarks.steps regularized_ae` prints a JSON line each.
 """
 
 from __future__ import annotations
 
-import json
-import time
+import functools
 from collections.abc import Callable
-from statistics import median
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.timing import Built, Forms, Step
 from projects.regularized_ae import optima
 from projects.regularized_ae.model import AutoEncoder
 from projects.regularized_ae.sampler import metropolis_hastings
 
 DIM, HIDDEN, BATCH, CHAINS, POINTS, STEPS = 10, 128, 10_000, 200, 20, 10
 SIGMA = 0.1
-Step = Callable[[], Any]
 
 
 def _model() -> AutoEncoder:
@@ -105,47 +101,16 @@ def empirical_step() -> tuple[Step, Step, int]:
     return lambda: optima.posterior_mean(y, data, SIGMA), naive, 0
 
 
-SETTINGS: dict[str, tuple[Callable[[], tuple[Step, Step, int]], int]] = {
-    "dae, batch 10,000": (dae_step, 1),
-    "rcae, batch 10,000": (rcae_step, 1),
-    "mh, 200 chains x 20 points": (mh_step, STEPS),
-    "empirical optimum, 20,000 points, 1,000 queries": (empirical_step, 1),
-}
-"""Configuration to (its two forms, steps in one call)."""
+def _pair(make: Callable[[], tuple[Step, Step, int]], calls: int = 1) -> Forms:
+    made = functools.cache(make)
+    return {form: lambda which=which: Built(made()[which], made()[2], calls) for which, form in enumerate(("ours", "naive"))}
 
 
-def measure(rounds: int = 7) -> list[dict[str, Any]]:
-    """Median seconds a step of every configuration and its naive form, timed in turn after one untimed call that compares their results."""
-    found = []
-    for name, (build, steps) in SETTINGS.items():
-        ours, naive, parameters = build()
-        torch.testing.assert_close(ours(), naive(), rtol=1e-7, atol=1e-9)
-        taken: dict[str, list[tuple[float, float]]] = {"ours": [], "naive": []}
-        for _ in range(rounds):
-            for form, step in (("ours", ours), ("naive", naive)):
-                processor, wall = time.process_time(), time.perf_counter()
-                step()
-                taken[form].append(((time.process_time() - processor) / steps, (time.perf_counter() - wall) / steps))
-        for form, times in taken.items():
-            processor, wall = (median(column) for column in zip(*times, strict=True))
-            found.append(
-                {
-                    "configuration": name,
-                    "form": form,
-                    "processor_seconds_per_step": round(processor, 6),
-                    "wall_seconds_per_step": round(wall, 6),
-                    "parameters": parameters,
-                    "threads": torch.get_num_threads(),
-                }
-            )
-    return found
-
-
-def main() -> None:
-    torch.set_num_threads(1)
-    for line in measure():
-        print(json.dumps(line), flush=True)
-
-
-if __name__ == "__main__":
-    main()
+def configurations() -> dict[str, Forms]:
+    """Each step beside its naive form; tests/benchmarks checks that the two give the same numbers."""
+    return {
+        "dae, batch 10,000": _pair(dae_step),
+        "rcae, batch 10,000": _pair(rcae_step),
+        "mh, 200 chains x 20 points": _pair(mh_step, STEPS),
+        "empirical optimum, 20,000 points, 1,000 queries": _pair(empirical_step),
+    }

@@ -136,6 +136,11 @@ def _(points: Tensor, count: int, path: str) -> Tensor:
     return points.new_empty(points.shape[0], count, dtype=torch.int64)
 
 
+def choose(points: Tensor, fits: bool) -> Literal["plain", "tiled", "triton"]:
+    """The path that "auto" takes: Triton never runs on a CPU, nor on more points than `fits` on chip."""
+    return "triton" if points.is_cuda and AVAILABLE and fits else "tiled"
+
+
 def farthest_points(points: Tensor, count: int, *, path: Path | Literal["pointnet2"] = "auto") -> Tensor:
     """Farthest point sampling by the rules of pointnet2_ops, (B, count) int64, without gradient.
 
@@ -159,7 +164,7 @@ def farthest_points(points: Tensor, count: int, *, path: Path | Literal["pointne
             raise ImportError('path="pointnet2" needs pointnet2_ops (github.com/erikwijmans/Pointnet2_PyTorch); leave path="auto"') from err
         return extension.furthest_point_sample(points.contiguous(), count).long()
     if path == "auto":
-        path = "triton" if points.is_cuda and AVAILABLE and points.shape[1] <= LARGEST_CLOUD else "tiled"
+        path = choose(points, points.shape[1] <= LARGEST_CLOUD)
     if path == "triton":
         require(points)
     return _farthest(points, count, path)
@@ -277,7 +282,7 @@ def knn_group(points: Tensor, centres: Tensor, k: int, *, path: Path = "auto") -
     points, centres = points.detach().float(), centres.detach().float()
     fits = points.shape[1] <= LARGEST_CLOUD and k <= MOST_NEIGHBOURS
     if path == "auto":
-        path = "triton" if points.is_cuda and AVAILABLE and fits else "tiled"
+        path = choose(points, fits)
     if path == "triton":
         require(points)
     return Neighbours(*_knn(points, centres, k, path))
@@ -421,7 +426,7 @@ def nearest_pairs(a: Tensor, b: Tensor, *, path: Path = "auto") -> tuple[Tensor,
     a, b = a.to(kind), b.to(kind)
     if path == "auto":
         fits = max(a.shape[1], b.shape[1]) <= LARGEST_SET
-        path = "triton" if a.is_cuda and AVAILABLE and fits and kind == torch.float32 else "tiled"
+        path = choose(a, fits and kind == torch.float32)
     if path == "plain":
         return _pairs_reference(a, b)
     if path == "tiled":
