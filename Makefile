@@ -50,6 +50,7 @@ gpu-check: $(READY)  ## kernel tests and kernel benchmark on a GPU, under 8 minu
 
 tables: $(READY)  ## render the tables of all READMEs from the records
 	$(BIN)/python -m projects tables
+	$(BIN)/python -m benchmarks.readme
 
 report: $(READY)  ## write report/index.html
 	$(BIN)/python -m projects report

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import kernels, loaders, processes, steps
+from benchmarks import kernels, loaders, processes, readme, steps
 from common.checkpoint import write_text
 
 Lines = list[dict[str, Any]]
@@ -65,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_text(folder / f"{name}.json", json.dumps({**about, name: lines}, indent=1) + "\n")
         write_text(folder / f"{name}.md", render(name, about, lines))
         print((folder / f"{name}.md").read_text())
+    readme.write()
 
 
 if __name__ == "__main__":

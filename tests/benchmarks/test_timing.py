@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import __main__ as bench
-from benchmarks import graphmae_step, regularized_ae_step, steps
+from benchmarks import graphmae_step, readme, regularized_ae_step, steps
 from benchmarks.timing import Built, Feed, fed, held, interleaved, kernels_off
 from common.contrastive import symmetric_info_nce
 from common.kernels import pair_lse, points
@@ -73,3 +73,17 @@ def test_every_paper_with_a_step_names_its_forms() -> None:
     assert {"graphmae", "regularized_ae"} <= set(steps.papers())
     table = bench.render("loaders", {"device": "D", "date": "T", "torch": "2"}, [{"a_b": 1}, {"a_b": 2, "c": 3}])
     assert "| a b | c |\n|---|---|\n| 1 |  |\n| 2 | 3 |\n" in table
+
+
+def test_the_readme_shows_the_records() -> None:
+    (shown,) = readme.BLOCK.findall(readme.README.read_text())
+    assert shown == readme.render(), "run `make tables`"
+    assert "times faster than eager" in shown
+
+
+def test_ratios_are_those_of_the_record() -> None:
+    def line(variant: str, ratio: float, held: int) -> dict[str, Any]:
+        return {"case": "c", "what": "w", "variant": variant, "ratio": {"p50": ratio}, "times_of_first": "eager", "peak_bytes": held}
+
+    cases = [line("eager", 1.0, 200), line("torch.compile", 2.0, 100), line("ours, plain", 0.9, 300), line("ours, tiled", 3.0, 10)]
+    assert readme.kernel_rows(cases) == [["c", "w", "3.0", "1.5", "5 %"]]
