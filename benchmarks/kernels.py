@@ -1,6 +1,6 @@
 """Every path of every kernel against eager torch, `torch.compile` of the same code and the peers that are installed, in one run.
 
-`python -m benchmarks.kernels [--only pair_lse patch_loss points] [--rounds 7] [--budget 300]` writes `benchmarks/results/<device>/kernels.{json,md}`.
+`python -m benchmarks.kernels [--only pair_lse patch_loss points topk_attention] [--rounds 7] [--budget 300]` writes `benchmarks/results/<device>/kernels.{json,md}`.
 Variants of a case are timed in turn, shuffled anew each round: processor seconds of one thread on a CPU, CUDA events with a cold cache on a GPU.
 A ratio is eager's time over the variant's in the same round, so that a busy machine disturbs both alike. Memory is the most that a step
 (forward and backward) holds beyond its inputs and their gradients.
@@ -28,7 +28,7 @@ from torch import Tensor
 from benchmarks.timing import Step, held
 from common import contrastive
 from common.checkpoint import write_text
-from common.kernels import pair_lse, patch_loss, points
+from common.kernels import pair_lse, patch_loss, points, topk_attention
 
 RESULTS = Path(__file__).parent / "results"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -193,14 +193,21 @@ def peers(a: Tensor, b: Tensor, scale: Tensor) -> dict[str, Step]:
         with contextlib.suppress(ImportError):
             found[name] = make(importlib.import_module(module))
 
-    add("inf-cl", "inf_cl", lambda peer: lambda: (peer.cal_flash_loss(a, b, scale=scale) + peer.cal_flash_loss(b, a, scale=scale)) / 2)
+    chunk = min(256, a.shape[1])  # inf-cl works on pieces of the width; its losses come a row each
+    add(
+        "inf-cl",
+        "inf_cl",
+        lambda peer: lambda: (
+            (peer.cal_flash_loss(a, b, scale=scale, head_dim=chunk) + peer.cal_flash_loss(b, a, scale=scale, head_dim=chunk)).mean() / 2
+        ),
+    )
     add(
         "cut-cross-entropy (bf16)",
         "cut_cross_entropy",
         lambda peer: lambda: (
             (
-                peer.linear_cross_entropy(half(a * scale), half(b), target, impl="cce_exact")
-                + peer.linear_cross_entropy(half(b * scale), half(a), target, impl="cce_exact")
+                peer.linear_cross_entropy(half(a * scale), half(b), target, impl="cce", filter_eps=None)
+                + peer.linear_cross_entropy(half(b * scale), half(a), target, impl="cce", filter_eps=None)
             )
             / 2
         ),
@@ -468,8 +475,43 @@ def point_cases() -> Iterator[Case]:
     yield chamfer_case(76 * batch, 32)
 
 
+# ---------------------------------------------------------------------------------------------------------------- top-k attention
+def topk_case(sequences: int, heads: int, patches: int, width: int, count: int) -> Case:
+    random = torch.Generator().manual_seed(0)
+    dtype = torch.float32 if DEVICE == "cpu" else torch.bfloat16
+    q, k, v = (torch.randn(sequences, heads, 1 + patches, width, generator=random).to(DEVICE, dtype).requires_grad_() for _ in range(3))
+    upstream = torch.randn(q.shape, generator=random).to(DEVICE)
+
+    def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Top-k, scattered to a mask, softmax."""
+        scores = (q @ k.mT) * width**-0.5
+        best = scores[..., 1:, 1:].topk(count, -1).indices
+        keep = torch.ones_like(scores, dtype=torch.bool)
+        keep[..., 1:, 1:] = torch.zeros_like(keep[..., 1:, 1:]).scatter_(-1, best, True)
+        return ((scores.masked_fill(~keep, float("-inf")).softmax(-1) @ v).float() * upstream).sum()
+
+    whole = torch.compile(eager, dynamic=False)
+    steps: dict[str, Step] = {"eager": lambda: eager(q, k, v), "torch.compile": lambda: whole(q, k, v)}
+    paths: list[topk_attention.Path] = ["tiled", *(("triton",) if DEVICE == "cuda" else ())]
+    for path in paths:
+        steps[f"ours, {path}"] = lambda path=path: ((topk_attention.topk_attention(q, k, v, count, path=path).out.float() * upstream).sum())
+    # another function, so only its time means anything: the bound lets any value through
+    steps["ordinary attention (SDPA)"] = lambda: (F.scaled_dot_product_attention(q, k, v).float() * upstream).sum()
+    return Case(f"{count} of {patches} keys, {sequences} x {heads} heads x {width}", "MixedAE", steps, [q, k, v], tolerance=1e9)
+
+
+def topk_cases() -> Iterator[Case]:
+    yield topk_case(8 if DEVICE == "cpu" else 256, 12, 196, 64, 49)
+    yield topk_case(8 if DEVICE == "cpu" else 256, 4, 64, 24 if DEVICE == "cpu" else 32, 16)
+
+
 # ---------------------------------------------------------------------------------------------------------------- record and table
-GROUPS: dict[str, Callable[[], Iterator[Case]]] = {"pair_lse": contrast_cases, "patch_loss": patch_cases, "points": point_cases}
+GROUPS: dict[str, Callable[[], Iterator[Case]]] = {
+    "pair_lse": contrast_cases,
+    "patch_loss": patch_cases,
+    "points": point_cases,
+    "topk_attention": topk_cases,
+}
 
 
 def versions() -> dict[str, str]:

@@ -36,7 +36,7 @@ PROGRAMS = 264
 """Programs that a launch should reach, two for each of the 132 processors of an H100; never read from the device, so that sums keep their order."""
 
 # (rows, columns, chunk of the width, warps, stages) by bytes of an entry, and by width; checked by the compile test, not fitted on a GPU yet.
-FORWARD_TILES = {2: (128, 128, 32, 8, 3), 4: (64, 64, 32, 4, 2), 8: (32, 32, 16, 4, 1)}
+FORWARD_TILES = {2: (128, 128, 32, 8, 3), 4: (64, 64, 32, 8, 2), 8: (32, 32, 16, 4, 1)}
 BACKWARD_TILES = {
     2: {64: (128, 64, 64, 8, 2), 128: (128, 64, 128, 8, 2), 256: (64, 64, 256, 8, 2), 512: (64, 32, 64, 8, 2)},
     4: {64: (64, 32, 32, 8, 2), 128: (64, 32, 32, 8, 2), 256: (32, 32, 32, 8, 2), 512: (16, 16, 32, 8, 1)},

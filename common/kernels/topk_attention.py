@@ -11,6 +11,7 @@ scores again, uses the same ones whatever their rounding. Same input, same shape
 import math
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,19 +21,21 @@ Path = Literal["auto", "plain", "tiled", "triton"]
 
 TILE_BYTES = {"cpu": 2**20, "cuda": 64 * 2**20}
 """Scores that the torch path holds at once; on a CPU they stay in its cache."""
-LONGEST = 1024
-"""Tokens whose scores a row of the Triton kernel holds on chip; longer sequences take the torch path."""
-WIDEST = 128
-"""Widest head of the Triton kernels."""
+LARGEST = {2: (512, 128), 4: (256, 64), 8: (512, 128)}
+"""Tokens, and width of a head, that the Triton kernels hold on chip, by bytes of an entry; beyond them the torch path serves."""
 
 # by bytes of an entry and padded tokens: (rows, warps); checked by the compile test, not fitted on a GPU yet
 FORWARD_TILES = {
-    2: {64: (32, 4), 128: (32, 4), 256: (32, 4), 512: (16, 4), 1024: (16, 8)},
-    4: {64: (32, 4), 128: (32, 4), 256: (16, 4), 512: (16, 4), 1024: (16, 8)},
-    8: {64: (16, 4), 128: (16, 4), 256: (16, 4), 512: (16, 4), 1024: (16, 8)},
+    2: {64: (16, 4), 128: (16, 4), 256: (32, 8), 512: (16, 8)},
+    4: {64: (16, 4), 128: (16, 8), 256: (16, 8)},
+    8: {64: (32, 4), 128: (32, 4), 256: (32, 4), 512: (32, 4)},
 }
-# by bytes of an entry: (own rows, other rows of a step, warps, stages)
-BACKWARD_TILES = {2: (64, 64, 4, 2), 4: (32, 32, 4, 1), 8: (32, 32, 4, 1)}
+# by bytes of an entry and padded width: (own rows, other rows of a step, warps, stages)
+BACKWARD_TILES = {
+    2: {16: (64, 32, 4, 2), 32: (64, 32, 4, 2), 64: (64, 64, 8, 2), 128: (64, 32, 8, 2)},
+    4: {16: (32, 32, 4, 1), 32: (32, 16, 4, 1), 64: (32, 32, 8, 1)},
+    8: {16: (32, 64, 4, 1), 32: (32, 64, 4, 1), 64: (32, 64, 4, 1), 128: (32, 64, 4, 1)},
+}
 
 
 class TopK(NamedTuple):
@@ -93,12 +96,11 @@ def _keep_best(scores: Tensor, count: int, prefix: int) -> Tensor:
     if scores.is_cuda:
         threshold = patches.topk(count, -1, sorted=False).values.amin(-1, keepdim=True)
     else:  # NumPy's selection is vectorised: 8 to 10 times faster than torch's topk or kthvalue
-        import numpy as np
-
         ordered = np.partition(patches.numpy(), total - count, axis=-1)
         threshold = torch.from_numpy(ordered[..., total - count, None])
     best = patches >= threshold
-    if scores.is_cuda or int(best.count_nonzero()) != count * best.shape[0] * best.shape[1]:  # asking a GPU would stall it
+    # asking a GPU would stall it; NumPy counts bytes five times faster than torch
+    if scores.is_cuda or np.count_nonzero(best.numpy()) != count * best.shape[0] * best.shape[1]:
         above = patches > threshold
         level = best & ~above
         best = above | (level & (level.cumsum(-1) <= count - above.sum(-1, keepdim=True)))
@@ -113,32 +115,33 @@ def _heads_a_tile(query: Tensor) -> int:
 def _tiled_forward(
     query: Tensor, key: Tensor, value: Tensor, owner: Tensor | None, heads: int, count: int, prefix: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """out, log-sum-exp (C, N), kept pairs (C, N, N) bool, hits (C, N); inputs are (C, N, D), C = sequences x heads."""
+    """out, share (C, N), kept pairs (C, N, N) bool, hits (C, N); inputs are (C, N, D), C = sequences x heads.
+
+    The softmax over all keys, times the choice, over its row sum (`share`): the largest score is always kept, so that nothing underflows,
+    and a product by bool is eight times faster on a CPU than filling in -inf.
+    """
     kind, scale = _kind(query), _scale(query)
     batch, n, _ = query.shape
-    out, lse = torch.empty_like(query), query.new_empty(batch, n, dtype=kind)
+    out, share = torch.empty_like(query), query.new_empty(batch, n, dtype=kind)
     keep = torch.empty(batch, n, n, dtype=torch.bool, device=query.device)
     hits = torch.zeros(batch, n, dtype=torch.int32, device=query.device)
-    members = None if owner is None else torch.nn.functional.one_hot(owner.long()).to(torch.float32)  # (B, L, K)
+    same = None if owner is None else owner[:, :, None] == owner[:, None]
     step = _heads_a_tile(query)
     for start in range(0, batch, step):
         part = slice(start, min(start + step, batch))
         scores = torch.bmm(query[part].to(kind), key[part].to(kind).mT).mul_(scale)
         keep[part] = _keep_best(scores, count, prefix)
-        scores.masked_fill_(~keep[part], -math.inf)
-        lse[part] = highest = scores.amax(-1)
-        total = scores.sub_(highest[..., None]).exp_().sum(-1)
-        out[part] = torch.bmm(scores, value[part].to(kind)).div_(total[..., None]).to(out.dtype)
-        lse[part] += total.log_()
-        if members is not None and owner is not None:
+        weights = scores.softmax(-1).mul_(keep[part])
+        share[part] = weights.sum(-1)
+        out[part] = torch.bmm(weights, value[part].to(kind)).div_(share[part, :, None]).to(out.dtype)
+        if same is not None:
             which = torch.arange(part.start, part.stop, device=query.device) // heads
-            found = keep[part, prefix:, prefix:].to(torch.float32) @ members[which]  # kept keys of every owner
-            hits[part, prefix:] = found.gather(-1, owner[which, :, None].long())[..., 0].to(torch.int32)
-    return out, lse, keep, hits
+            hits[part, prefix:] = (keep[part, prefix:, prefix:] & same[which]).sum(-1, dtype=torch.int32)
+    return out, share, keep, hits
 
 
 def _tiled_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, keep: Tensor
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, share: Tensor, keep: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     kind, scale = _kind(query), _scale(query)
     grads = [torch.empty_like(query) for _ in range(3)]
@@ -147,7 +150,7 @@ def _tiled_backward(
         part = slice(start, start + step)
         q, k, v, g = (t[part].to(kind) for t in (query, key, value, grad))
         along = (g * out[part].to(kind)).sum(-1, keepdim=True)
-        weights = torch.bmm(q, k.mT).mul_(scale).masked_fill_(~keep[part], -math.inf).sub_(lse[part, :, None]).exp_()
+        weights = torch.bmm(q, k.mT).mul_(scale).softmax(-1).mul_(keep[part]).div_(share[part, :, None])
         grads[2][part] = torch.bmm(weights.mT, g).to(query.dtype)
         slope = torch.bmm(g, v.mT).sub_(along).mul_(weights).mul_(scale)
         grads[0][part] = torch.bmm(slope, k).to(query.dtype)
@@ -369,7 +372,7 @@ def columns_of(tokens: int) -> int:
 def _triton_forward(
     query: Tensor, key: Tensor, value: Tensor, owner: Tensor | None, heads: int, count: int, prefix: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `_tiled_forward`, the kept pairs packed: (C, N, padded tokens / 32) int32, pair j in bit j % 32 of word j // 32."""
+    """As `_tiled_forward`, with the log-sum-exp in place of the share, and the kept pairs packed: (C, N, padded tokens / 32) int32, pair j in bit j % 32 of word j // 32."""
     kind = _kind(query)
     q, k, v = map(_padded, (query, key, value))
     batch, n, d = q.shape
@@ -418,7 +421,7 @@ def _triton_backward(
     along = (grad.to(kind) * out.to(kind)).sum(-1)
     q, k, v, g = map(_padded, (query, key, value, grad))
     batch, n, d = q.shape
-    own, other, warps, stages = BACKWARD_TILES[q.element_size()]
+    own, other, warps, stages = BACKWARD_TILES[q.element_size()][triton.next_power_of_2(d)]
     grads = [torch.empty(q.shape, dtype=kind, device=q.device) for _ in range(3)]
     sizes = {"SCALE": width**-0.5, "D": d, "WIDTH": triton.next_power_of_2(d), "WORDS": words.shape[-1]}
     sizes |= {"UP": up(q.dtype), "ACC": dtype_of(kind), "PRECISION": precision(q.dtype)}
@@ -456,27 +459,27 @@ def _(
 
 @torch.library.custom_op("contramask::topk_attention_backward", mutates_args=())
 def _topk_attention_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, keep: Tensor, fused: bool
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor, keep: Tensor, fused: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.autocast(query.device.type, enabled=False):
-        return (_triton_backward if fused else _tiled_backward)(grad, query, key, value, out, lse, keep)
+        return (_triton_backward if fused else _tiled_backward)(grad, query, key, value, out, sums, keep)
 
 
 @_topk_attention_backward.register_fake
 def _(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, keep: Tensor, fused: bool
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor, keep: Tensor, fused: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     return query.new_empty(query.shape), query.new_empty(query.shape), query.new_empty(query.shape)
 
 
 def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     query, key, value, *_, ctx.fused = inputs
-    out, lse, keep, hits = output
-    ctx.save_for_backward(query, key, value, out, lse, keep)
-    ctx.mark_non_differentiable(lse, keep, hits)
+    out, sums, keep, hits = output  # sums: the kept share of the softmax (torch), or the log-sum-exp (Triton)
+    ctx.save_for_backward(query, key, value, out, sums, keep)
+    ctx.mark_non_differentiable(sums, keep, hits)
 
 
-def _backward(ctx, grad, _lse, _keep, _hits):  # type: ignore[no-untyped-def]
+def _backward(ctx, grad, _sums, _keep, _hits):  # type: ignore[no-untyped-def]
     return *_topk_attention_backward(grad.contiguous(), *ctx.saved_tensors, ctx.fused), None, None, None, None, None
 
 
@@ -509,9 +512,10 @@ def topk_attention(
     batch, heads, n, width = query.shape
     if path == "triton":
         require(query)
-        if n > LONGEST or width > WIDEST:
+        if not _fits(query):
+            tokens, widest = LARGEST[query.element_size()]
             raise ValueError(
-                f'path="triton" holds up to {LONGEST} tokens of width {WIDEST} on chip, got {n} of width {width}; use path="tiled"'
+                f'path="triton" holds up to {tokens} tokens of width {widest} on chip, got {n} of width {width}; use path="tiled"'
             )
     flat = (t.reshape(batch * heads, n, width).contiguous() for t in (query, key, value))
     out, _, _, hits = _topk_attention(*flat, owner, heads, count, prefix, path == "triton")
@@ -522,7 +526,12 @@ def choose(query: Tensor) -> Literal["plain", "tiled", "triton"]:
     """The path that "auto" takes: Triton never runs on a CPU."""
     if query.dtype == torch.float64:
         return "plain"
-    return "triton" if query.is_cuda and AVAILABLE and query.shape[2] <= LONGEST and query.shape[3] <= WIDEST else "tiled"
+    return "triton" if query.is_cuda and AVAILABLE and _fits(query) else "tiled"
+
+
+def _fits(query: Tensor) -> bool:
+    tokens, width = LARGEST[query.element_size()]
+    return query.shape[2] <= tokens and query.shape[3] <= width
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, count: int, prefix: int, owner: Tensor | None) -> None:

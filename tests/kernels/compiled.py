@@ -123,6 +123,32 @@ def points() -> Iterator[Job]:
             )
 
 
+def topk_attention() -> Iterator[Job]:
+    from common.kernels import topk_attention as t
+    from common.kernels._triton import tl
+
+    numbers = {"query", "key", "value", "grad"}
+    sums = {"out", "lse", "along", "out_key", "out_value"}
+    for size, width in ((2, 32), (2, 64), (2, 128), (4, 16), (4, 32), (4, 64)):
+        same = {"SCALE": width**-0.5, "D": width, "WIDTH": width, "UP": False, "ACC": tl.float32, "PRECISION": "tf32x3"}
+        pointers = (
+            dict.fromkeys(numbers, f"*{SHORT[size]}") | dict.fromkeys(sums, "*fp32") | dict.fromkeys(("owner", "words", "hits"), "*i32")
+        )
+        for columns, (rows, warps) in t.FORWARD_TILES[size].items():
+            if width < 64 and columns != 64:  # the longer ones are compiled at the larger widths
+                continue
+            constants = same | {"ROWS": rows, "COLUMNS": columns, "OWNED": True, "RANK": tl.int32, "BITS": 32, "LOWEST": -(2**31)}
+            kernel = t._forward_kernel
+            types = {name: pointers.get(name, "i32") for name in kernel.arg_names}
+            yield f"top-k forward {SHORT[size]}", kernel, _types(kernel, types, constants), constants, {"num_warps": warps}
+        own, other, warps, stages = t.BACKWARD_TILES[size][width]
+        options = {"num_warps": warps, "num_stages": stages}
+        for kernel, (rows, columns) in ((t._query_kernel, (own, other)), (t._key_kernel, (other, own))):
+            constants = same | {"ROWS": rows, "COLUMNS": columns, "WORDS": 8}
+            types = {name: pointers.get(name, "i32") for name in kernel.arg_names}
+            yield f"top-k {kernel.fn.__name__} {SHORT[size]}", kernel, _types(kernel, types, constants), constants, options
+
+
 def compile_job(job: Job, capability: int) -> dict[str, Any]:
     import triton
     from triton.backends.compiler import GPUTarget
@@ -150,11 +176,11 @@ def compile_job(job: Job, capability: int) -> dict[str, Any]:
     }
 
 
-FILES = {"pair_lse": pair_lse, "patch_loss": patch_loss, "points": points}
+FILES = {"pair_lse": pair_lse, "patch_loss": patch_loss, "points": points, "topk_attention": topk_attention}
 
 
 if __name__ == "__main__":
     for which in sys.argv[1:] or FILES:
         for job in FILES[which]():
-            for capability in (90, 80) if which == "pair_lse" else (90,):  # the others use a fraction of either device
+            for capability in (90, 80) if which in ("pair_lse", "topk_attention") else (90,):  # the others use a fraction of either device
                 print(json.dumps(compile_job(job, capability)), flush=True)
