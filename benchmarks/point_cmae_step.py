@@ -79,6 +79,10 @@ def configurations() -> dict[str, tuple[PointCMAE, Any]]:
     def build(name: str) -> tuple[PointCMAE, Any]:
         torch.manual_seed(0)
         model = PointCMAE().train()
+        if name != "ours":
+            for module in model.modules():
+                if isinstance(module, nn.Linear):
+                    module.__class__ = nn.Linear
         groups = [
             {"params": [p for n, p in model.named_parameters() if decays(n, p) is wanted], "weight_decay": 0.05 * wanted}
             for wanted in (True, False)
