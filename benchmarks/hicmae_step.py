@@ -8,23 +8,24 @@ scaled_dot_product_attention. All are built first and timed in turn, round after
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
-from statistics import median
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
+from benchmarks.timing import Built, Feed, Forms, interleaved, parameters
 from common.masking import Mask
 from common.patch import patchify
 from projects.hicmae import SIZES, HiCMAE
 from projects.hicmae.layers import CrossAttention, CrossSelfBlock
 from projects.hicmae.model import MEAN, STD
 from projects.hicmae.optim import adamw, groups
+from projects.hicmae.talkers import SyntheticTalkers
 
-Step = Callable[[], Tensor]
 BATCH = 4
 
 
@@ -113,17 +114,20 @@ def inputs() -> tuple[Tensor, Tensor]:
     return torch.randn(BATCH, 3, 16, 160, 160, generator=generator), torch.randn(BATCH, 1, 256, 128, generator=generator)
 
 
-def build(form: str, size: str = "small") -> tuple[HiCMAE, Step]:
-    """Model and its step: "ours", "plain" or "plain, fused attention"."""
+def build(form: str, size: str = "small") -> Built:
+    """ "ours", "plain" or "plain, fused attention"."""
     torch.manual_seed(0)
     model, (video, audio) = HiCMAE(**SIZES[size]), inputs()
+    loss_of: Callable[..., Tensor]
     if form == "ours":
         update = adamw(model, 1e-4, 0.05, betas=(0.9, 0.95))
-        loss_of: Callable[..., Tensor] = lambda *batch: model(*batch).loss  # noqa: E731
+
+        def loss_of(*batch: Any) -> Tensor:
+            return model(*batch).loss
     else:
         made = [{k: v for k, v in group.items() if k != "names"} for group in groups(model, 0.05)]
         update = torch.optim.AdamW(made, lr=1e-4, betas=(0.9, 0.95))
-        loss_of = Plain(model, form != "plain")
+        loss_of = Plain(model, fused=form != "plain")
     masks = torch.Generator().manual_seed(1)
 
     def step() -> Tensor:
@@ -133,32 +137,23 @@ def build(form: str, size: str = "small") -> tuple[HiCMAE, Step]:
         update.step()
         return loss.detach()
 
-    return model, step
+    return Built(step, parameters(model))
 
 
-def measure(rounds: int = 5, warm_up: int = 1) -> list[dict[str, Any]]:
-    """Median seconds a step of every form, one thread."""
-    torch.set_num_threads(1)
-    built = {form: build(form) for form in ("ours", "plain, fused attention", "plain")}
-    times: dict[str, list[tuple[float, float]]] = {form: [] for form in built}
-    for number in range(warm_up + rounds):
-        for form, (_, step) in built.items():
-            cpu, wall = time.process_time(), time.perf_counter()
-            step().item()
-            if number >= warm_up:
-                times[form].append((time.process_time() - cpu, time.perf_counter() - wall))
-    return [
-        {
-            "configuration": f"HiCMAE-S, batch {BATCH}",
-            "form": form,
-            "processor_seconds_per_step": round(median(cpu for cpu, _ in spent), 4),
-            "wall_seconds_per_step": round(median(wall for _, wall in spent), 4),
-            "parameters": sum(p.numel() for p in built[form][0].parameters()),
-        }
-        for form, spent in times.items()
-    ]
+KERNELS = ("HiCMAE-S, batch 4",)
+
+
+def configurations() -> dict[str, Forms]:
+    """The spec's reference step: ours, and the plain form with and without fused attention."""
+    return {KERNELS[0]: {form: partial(build, form) for form in ("ours", "plain", "plain, fused attention")}}
+
+
+def loaders() -> dict[str, Feed]:
+    """Batches of 32 talkers, gain drawn and filter bank run on the fly."""
+    clips = SyntheticTalkers(0, 128, gain=True)
+    return {"batches of 32 of 128 talkers": Feed(DataLoader(clips, batch_size=32), 32)}
 
 
 if __name__ == "__main__":
-    for line in measure():
+    for line in interleaved(configurations(), rounds=5):
         print(json.dumps(line))
