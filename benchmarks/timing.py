@@ -14,7 +14,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from common.kernels import pair_lse, patch_loss, points
+from common.kernels import pair_lse, patch_loss, points, topk_attention
 
 Step = Callable[[], Any]
 
@@ -44,7 +44,7 @@ def parameters(model: nn.Module) -> int:
 def kernels_off() -> Iterator[None]:
     """Every operation of `common.kernels` whose path is chosen for it takes the plain definition."""
     with contextlib.ExitStack() as stack:
-        for module in (pair_lse, patch_loss, points):
+        for module in (pair_lse, patch_loss, points, topk_attention):
             stack.enter_context(mock.patch.object(module, "choose", return_value="plain"))
         yield
 

@@ -190,7 +190,10 @@ def _cells(row: Mapping[str, Any], found: Mapping[str, Any] | None) -> dict[str,
 
 
 def _matching(row: Mapping[str, Any], pool: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """The newest record of the row's recipe and metric."""
+    """The newest record of the row's recipe and metric, joined by older ones of other seeds: a row may be run a few seeds at a time.
+
+    A seed that was run again supersedes whatever stands before it.
+    """
     fitting = [
         r
         for r in pool
@@ -198,7 +201,18 @@ def _matching(row: Mapping[str, Any], pool: Sequence[Mapping[str, Any]]) -> Mapp
         and r["metric"] == row["metric"]
         and r.get("extra", {}).get("row", row.get("row")) == row.get("row")
     ]
-    return fitting[-1] if fitting else None
+    if not fitting:
+        return None
+    newest, *older = reversed(fitting)
+    found = dict(zip(newest["seeds"], newest["values"], strict=True))
+    commits = [newest["commit"]]
+    for record in older:
+        if record["weights"] != newest["weights"] or found.keys() & set(record["seeds"]):
+            break
+        found |= dict(zip(record["seeds"], record["values"], strict=True))
+        commits.append(record["commit"])
+    seeds = sorted(found)
+    return {**newest, "seeds": seeds, "values": [found[seed] for seed in seeds], "commit": ", ".join(dict.fromkeys(reversed(commits)))}
 
 
 def _markdown(lines: Sequence[Mapping[str, str]]) -> str:

@@ -71,6 +71,17 @@ def test_records_are_never_overwritten_and_the_newest_is_shown(house: Path) -> N
     assert "| 80.0 | -4.2 |" in results.table("toy")
 
 
+def test_records_of_other_seeds_are_joined_until_a_seed_was_run_again(house: Path) -> None:
+    parts = [([0, 1], [70.0, 71.0]), ([0, 1], [80.0, 82.0]), ([2], [84.0])]
+    for day, (seeds, values) in enumerate(parts):
+        path = results.save_record("toy", record(seeds=seeds, values=values))
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"date": f"2026-01-0{day + 1}", "commit": "abc"[day]}))
+    assert "| 82.0 ± 1.6 (n=3) | -2.2 | trained here; " in results.table("toy")
+    assert "; b, c |" in results.table("toy")
+    results.save_record("toy", record(seeds=[3], values=[90.0], weights="official, converted"))
+    assert "| 90.0 | +5.8 | official, converted; " in results.table("toy")
+
+
 @pytest.mark.parametrize("changes", [{"values": []}, {"seeds": [0]}, {"values": [1.0, 2.0, float("nan")]}])
 def test_a_record_needs_one_finite_value_a_seed(house: Path, changes: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="expected one finite value a seed"):
