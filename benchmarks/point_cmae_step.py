@@ -1,25 +1,25 @@
 """A Point-CMAE pre-training step at the published size (forward, loss, backward, AdamW): ours, and as the release goes about it.
 
-`python -m benchmarks.point_cmae_step` prints a JSON line each: configuration, median processor and wall seconds a step, parameters. The plain form
-has the same parameters and loss: convolutions on channels-first groups with the group's maximum copied beside every point, the two masked
-views encoded one after the other, attention by explicit softmax, the contrastive term over all pairs of tokens, and chamfer from all differences.
-Both are built first and timed in turn, round after round, so that a busy machine disturbs them alike; compare processor seconds.
+`python -m benchmarks.point_cmae_step` prints a JSON line each. The plain form has the same parameters and loss: convolutions on channels-first
+groups with the group's maximum copied beside every point, the two masked views encoded one after the other, attention by explicit softmax, the
+contrastive term over all pairs of tokens, chamfer from all differences, and AdamW as torch has it by default.
 """
 
 from __future__ import annotations
 
 import json
-import time
-from statistics import median
-from typing import Any
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
+from benchmarks.timing import Built, Feed, Forms, interleaved, parameters
 from common.masking import Mask, gather
+from projects.point_cmae.data import Sizes, Unlabelled, load
 from projects.point_cmae.model import PointCMAE, group
-from projects.point_cmae.optim import decays
+from projects.point_cmae.optim import adamw
 
 BATCH, POINTS = 4, 1024
 
@@ -72,58 +72,44 @@ def plain_loss(model: PointCMAE, points: Tensor, masks: list[Mask]) -> Tensor:
     return 1000 * total + (pairs * both[:, :, None]).sum() / (both.sum() * both.shape[1])
 
 
-def configurations() -> dict[str, tuple[PointCMAE, Any]]:
-    """By name: the model and what makes one training step with it."""
-    points = 2 * torch.rand(BATCH, POINTS, 3, generator=torch.Generator().manual_seed(0)) - 1
+def build(form: str, batch: int = BATCH) -> Built:
+    """ "ours", or "plain": the release's way on torch's own layers."""
+    points = 2 * torch.rand(batch, POINTS, 3, generator=torch.Generator().manual_seed(0)) - 1
+    torch.manual_seed(0)
+    model = PointCMAE().train()
+    if form == "plain":
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                module.__class__ = nn.Linear
+    optimizer, masks = adamw(model, 1e-3, 0.05), torch.Generator().manual_seed(1)
+    if form == "plain":
+        optimizer = torch.optim.AdamW([{name: g[name] for name in ("params", "weight_decay")} for g in optimizer.param_groups], lr=1e-3)
 
-    def build(name: str) -> tuple[PointCMAE, Any]:
-        torch.manual_seed(0)
-        model = PointCMAE().train()
-        if name != "ours":
-            for module in model.modules():
-                if isinstance(module, nn.Linear):
-                    module.__class__ = nn.Linear
-        groups = [
-            {"params": [p for n, p in model.named_parameters() if decays(n, p) is wanted], "weight_decay": 0.05 * wanted}
-            for wanted in (True, False)
-        ]
-        optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=name == "ours" or None)
+    def step() -> Tensor:
+        drawn = model.draw_masks(points[:, : model.num_group], generator=masks)
+        loss = model(points, drawn).loss if form == "ours" else plain_loss(model, points, drawn)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
 
-        def step() -> Tensor:
-            masks = model.draw_masks(points[:, : model.num_group])
-            loss = model(points, masks).loss if name == "ours" else plain_loss(model, points, masks)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            return loss.detach()
-
-        return model, step
-
-    return {name: build(name) for name in ("ours", "plain")}
+    return Built(step, parameters(model))
 
 
-def measure(rounds: int = 7, warm_up: int = 2) -> list[dict[str, Any]]:
-    """Median seconds a step of both forms, one thread."""
-    torch.set_num_threads(1)
-    built = configurations()
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in built}
-    for number in range(warm_up + rounds):
-        for name, (_, step) in built.items():
-            cpu, wall = time.process_time(), time.perf_counter()
-            step().item()
-            if number >= warm_up:
-                times[name].append((time.process_time() - cpu, time.perf_counter() - wall))
-    return [
-        {
-            "configuration": f"{name}, 4 clouds of 1024 points, 64 x 32 groups",
-            "processor_seconds_per_step": round(median(cpu for cpu, _ in spent), 4),
-            "wall_seconds_per_step": round(median(wall for _, wall in spent), 4),
-            "parameters": sum(p.numel() for p in built[name][0].parameters()),
-        }
-        for name, spent in times.items()
-    ]
+KERNELS = ("4 clouds of 1024 points, 64 x 32 groups",)
+
+
+def configurations() -> dict[str, Forms]:
+    """The spec's reference step: ours, and the plain form."""
+    return {KERNELS[0]: {form: partial(build, form) for form in ("ours", "plain")}}
+
+
+def loaders() -> dict[str, Feed]:
+    """Batches of 32 generated clouds, 1024 of 2048 points drawn and normalised."""
+    clouds = Unlabelled(load("solids", "pretrain", sizes=Sizes(96, 1, 1)), POINTS)
+    return {"batches of 32 of 96 solids": Feed(DataLoader(clouds, batch_size=32, shuffle=True), 32)}
 
 
 if __name__ == "__main__":
-    for line in measure():
+    for line in interleaved(configurations()):
         print(json.dumps(line))

@@ -39,9 +39,9 @@ def scale_translate(
 def rotate_y(points: Tensor, *, angle: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
     """Rows times [[cos, 0, sin], [0, 1, 0], [-sin, 0, cos]]; angle (B,) in radians, drawn from U(0, 2 pi) if not given."""
     angle = _uniform((len(points),), 0, 2 * torch.pi, points, generator) if angle is None else angle.to(points)
-    cos, sin, zero, one = angle.cos(), angle.sin(), torch.zeros_like(angle), torch.ones_like(angle)
-    rotation = torch.stack([cos, zero, sin, zero, one, zero, -sin, zero, cos], 1).view(-1, 3, 3)
-    return points @ rotation
+    cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+    x, y, z = points.unbind(-1)  # written out: under autocast a product would round the coordinates to bfloat16
+    return torch.stack([x * cos - z * sin, y, x * sin + z * cos], -1)
 
 
 def scale_shift(points: Tensor, *, generator: torch.Generator | None = None) -> Tensor:

@@ -23,7 +23,7 @@ Style = Literal["moco", "byol", "simsiam"]
 
 @dataclass
 class Output:
-    """`loss` = 1000 * `reconstruction` + `contrast`."""
+    """`loss` = reconstruction_weight * `reconstruction` + contrast_weight * `contrast`, the weights of the student (1000 and 1)."""
 
     loss: Tensor
     reconstruction: Tensor
@@ -80,7 +80,8 @@ class ClassContrast(nn.Module):
         encoded = student.encoder.stack(x, positions=at).tokens
         branch = student.decoders[0](encoded[:, 1:], mask, centres, groups)
         contrast = self.compare(encoded[:, 0], self.key(groups, centres))
-        return Output(1000 * branch.reconstruction + contrast, branch.reconstruction, contrast)
+        loss = student.reconstruction_weight * branch.reconstruction + student.contrast_weight * contrast
+        return Output(loss, branch.reconstruction, contrast)
 
     @torch.no_grad()
     def key(self, groups: Tensor, centres: Tensor) -> Tensor:

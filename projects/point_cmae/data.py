@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import pickle
+import zipfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -74,6 +76,48 @@ def check_cloud(points: Array, origin: str, *, least: int = 1) -> Array:
     if len(points) > 1 and np.ptp(points, axis=0).max() == 0:
         raise ValueError(f"{origin}: all points are equal; drop it")
     return points
+
+
+def stacked(clouds: Sequence[Array | Tensor], origin: str) -> Tensor:
+    """Clouds (n, 3) of one length as (B, n, 3).
+
+    Raises:
+        ValueError: clouds of different lengths.
+    """
+    for number, cloud in enumerate(clouds):
+        if len(cloud) != len(clouds[0]):
+            raise ValueError(
+                f"{origin}: cloud {number} has {len(cloud)} points, cloud 0 has {len(clouds[0])}; resample them to one number first"
+            )
+    return torch.stack([torch.as_tensor(cloud) for cloud in clouds])
+
+
+def together(items: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
+    """Labelled clouds as a batch (B, n, 3), (B,): the collate function of `Clouds`."""
+    clouds, labels = zip(*items, strict=True)
+    return stacked(clouds, "batch"), torch.tensor(labels)
+
+
+def parsed(path: Path, read: Callable[[Path], Any], what: str) -> Any:
+    """`read(path)`; a file that it cannot read is named.
+
+    Raises:
+        ValueError: damaged, or not `what`.
+    """
+    try:
+        return read(path)
+    except (ValueError, KeyError, IndexError, EOFError, OSError, zipfile.BadZipFile) as err:
+        raise ValueError(f"{path}: expected {what}, found a damaged or foreign file ({err}); fetch it again") from err
+
+
+def _arrays(*names: str) -> Callable[[Path], tuple[Array, ...]]:
+    """Reader of these entries of an npz file."""
+
+    def read(path: Path) -> tuple[Array, ...]:
+        with np.load(path, allow_pickle=False) as content:
+            return tuple(content[name] for name in names)
+
+    return read
 
 
 def check_labels(labels: Array, classes: int, origin: str) -> Tensor:
@@ -204,18 +248,19 @@ def _dat(path: Path) -> tuple[Array, Array]:
     content = read_pickle(path)
     if not isinstance(content, list | tuple) or len(content) != 2 or len(content[0]) != len(content[1]):
         raise ValueError(f"{path}: expected [list of (8192, 6) arrays, list of labels] of equal lengths, found {type(content).__name__}")
-    points = np.stack([check_cloud(np.asarray(cloud), f"{path}, cloud {i}") for i, cloud in enumerate(content[0])])
-    return points, np.array([int(np.asarray(label).reshape(-1)[0]) for label in content[1]])
+    points = stacked([check_cloud(np.asarray(cloud), f"{path}, cloud {i}") for i, cloud in enumerate(content[0])], str(path))
+    return points.numpy(), np.array([int(np.asarray(label).reshape(-1)[0]) for label in content[1]])
 
 
 # -- data sets of the paper --------------------------------------------------------------------------------------------------------
 
 
-def shapenet55(folder: Path, split: Split) -> Clouds:
-    """ShapeNet-55 as Point-BERT released it, (8192, 3) points a file; pre-training uses the training list.
+def shapenet55(folder: Path, split: Split, *, least: int = 1024) -> Clouds:
+    """ShapeNet-55 as Point-BERT released it, (8192, 3) points a file, at least `least`; pre-training uses the training list.
 
     Raises:
         FileNotFoundError: no list, or a listed file is not there: the first is named, the others counted.
+        ValueError: (at reading) a file that `check_cloud` refuses.
     """
     part = "test" if split == "test" else "train"
     how = "get ShapeNet55 by the links of github.com/lulutang0608/Point-BERT (DATASET.md): ShapeNet55-34/shapenet_pc/*.npy and ShapeNet-55/*.txt"
@@ -234,7 +279,9 @@ def shapenet55(folder: Path, split: Split) -> Clouds:
     classes = sorted(set(synsets))
 
     def read(index: int) -> Tensor:
-        return torch.from_numpy(check_cloud(np.load(files[index], allow_pickle=False), str(files[index]), least=1024))
+        file = files[index]
+        points = parsed(file, partial(np.load, allow_pickle=False), "a NumPy file of points (n, 3)")
+        return torch.from_numpy(check_cloud(points, str(file), least=least))
 
     labels = torch.tensor([classes.index(synset) for synset in synsets])
     return Clouds("ShapeNet-55", labels, classes, read, files=[listed], size=None, train=split != "test")
@@ -276,10 +323,10 @@ def modelnet40(folder: Path, split: Split, *, cache: Path | None = None) -> Clou
 
 
 def _npz(path: Path) -> tuple[Array, Array]:
-    with np.load(path, allow_pickle=False) as content:
-        if not {"points", "labels"} <= set(content.files) or len(content["points"]) != len(content["labels"]):
-            raise ValueError(f"{path}: expected points (n, N, 3) and labels (n,), found {content.files}")
-        return content["points"], content["labels"]
+    points, labels = parsed(path, _arrays("points", "labels"), "an npz file of points (n, N, 3) and labels (n,)")
+    if points.ndim != 3 or points.shape[2] != 3 or len(points) != len(labels):
+        raise ValueError(f"{path}: expected points (n, N, 3) and as many labels, found {points.shape} and {labels.shape}")
+    return points, labels
 
 
 def _from_text(folder: Path, part: str, names: Path) -> tuple[Array, Array]:
@@ -292,7 +339,8 @@ def _from_text(folder: Path, part: str, names: Path) -> tuple[Array, Array]:
         if kind not in classes:
             raise ValueError(f"{folder}/modelnet40_{part}.txt: {name}: expected a class of {names.name}, found {kind}")
         path = require(folder / kind / f"{name}.txt", "ModelNet40, cloud", how)
-        cloud = check_cloud(np.loadtxt(path, delimiter=",", dtype=np.float32, ndmin=2), str(path), least=8192)
+        rows = parsed(path, partial(np.loadtxt, delimiter=",", dtype=np.float32, ndmin=2), "rows x,y,z,nx,ny,nz")
+        cloud = check_cloud(rows, str(path), least=8192)
         points.append(random_start_sample(cloud, 8192, np.random.default_rng([int(part == "test"), number])))
         labels.append(classes.index(kind))
     return np.stack(points), np.array(labels)
@@ -359,10 +407,12 @@ def few_shot(folder: Path, way: int, shot: int, fold: int) -> tuple[Clouds, Clou
         rows = content[part]
         if len(rows) != count:
             raise ValueError(f"{path}: {part}: expected {count} clouds for {way}-way {shot}-shot, found {len(rows)}")
-        points = np.stack([check_cloud(np.asarray(row[0]), f"{path}, {part} cloud {i}") for i, row in enumerate(rows)])
+        if not all(isinstance(row, tuple | list) and len(row) >= 2 for row in rows):
+            raise ValueError(f"{path}: {part}: expected rows (points, label, class id), found others")
+        points = stacked([check_cloud(np.asarray(row[0]), f"{path}, {part} cloud {i}") for i, row in enumerate(rows)], f"{path}, {part}")
         labels = check_labels(np.array([int(row[1]) for row in rows]), way, f"{path}, {part}")
-        clouds = normalise(torch.from_numpy(points))
-        name = f"ModelNet40 few-shot, {way}-way {shot}-shot, fold {fold}"
+        clouds = normalise(points)
+        name = f"ModelNet40 few-shot, {way}-way {shot}-shot"
         out.append(Clouds(name, labels, [str(i) for i in range(way)], clouds.__getitem__, files=[path], train=part == "train"))
     return out[0], out[1]
 
@@ -428,8 +478,15 @@ def shapenet_part(folder: Path, split: Split, *, count: int = 2048) -> Parts:
     if names != list(PARTS):
         raise ValueError(f"{base}/synsetoffset2category.txt: expected the 16 categories {', '.join(PARTS)}, found {', '.join(names)}")
     lists = [base / "train_test_split" / f"shuffled_{part}_file_list.json" for part in (["test"] if split == "test" else ["train", "val"])]
-    entries = [entry for path in lists for entry in json.loads(require(path, "ShapeNetPart, list of objects", how).read_text())]
-    files = [base / entry.split("/")[1] / f"{entry.split('/')[2]}.txt" for entry in entries]
+    files = [
+        file
+        for path in lists
+        for file in parsed(
+            require(path, "ShapeNetPart, list of objects", how),
+            lambda path: [base / f"{Path(entry).parts[1]}/{Path(entry).parts[2]}.txt" for entry in json.loads(path.read_text())],
+            "a JSON list of shape_data/<synset>/<id>",
+        )
+    ]
     if missing := [file for file in files if not file.is_file()]:
         raise FileNotFoundError(f"ShapeNetPart: {missing[0]} is missing, and {len(missing) - 1} more of {len(files)}; {how}")
     categories = torch.tensor([order[file.parent.name] for file in files])
@@ -437,7 +494,7 @@ def shapenet_part(folder: Path, split: Split, *, count: int = 2048) -> Parts:
 
     def read(index: int) -> tuple[Tensor, Tensor]:
         if index not in kept:
-            rows = np.loadtxt(files[index], dtype=np.float32, ndmin=2)
+            rows = parsed(files[index], partial(np.loadtxt, dtype=np.float32, ndmin=2), "rows x y z nx ny nz part")
             if rows.shape[1] != 7:
                 raise ValueError(f"{files[index]}: expected rows x y z nx ny nz part, found {rows.shape[1]} columns")
             ids = list(PARTS.values())[int(categories[index])]
@@ -459,8 +516,7 @@ def lidarnet(folder: Path, split: Split, *, size: int = 512) -> Clouds:
     path = require(
         folder / "lidarnet" / "lidarnet_objects.npz", "LiDARNet objects", "the file lidarnet_objects.npz of this repository's shared data"
     )
-    with np.load(path, allow_pickle=False) as content:
-        xyz, offset, labels, classes = (content[name] for name in ("xyz", "offset", "label", "class_names"))
+    xyz, offset, labels, classes = parsed(path, _arrays("xyz", "offset", "label", "class_names"), "an npz file of objects")
     clouds = [xyz[offset[i] : offset[i + 1]] for i in range(len(labels))]
     train, test = whole_runs(clouds, labels)
     numbers = test if split == "test" else train
@@ -509,8 +565,7 @@ def modelnet10_voxels(folder: Path, split: Split, *, size: int = 1024, least: in
         "ModelNet10 voxels",
         "the file chair_monitor_32.npz of this repository's shared data",
     )
-    with np.load(path, allow_pickle=False) as content:
-        bits, labels, classes = content["voxels"], content["label"], content["class_names"]
+    bits, labels, classes = parsed(path, _arrays("voxels", "label", "class_names"), "an npz file of packed voxels")
     tested = np.zeros(len(labels), bool)
     for label in np.unique(labels):
         tested[np.flatnonzero(labels == label)[3::4]] = True
@@ -566,7 +621,7 @@ def load(
     """A split of a data set; "pretrain" is the training split where a set has no unlabelled one of its own.
 
     Args:
-        size: points of an item, for the sets whose clouds differ in number (default: theirs).
+        size: points of an item, for the sets whose clouds differ in number (default: theirs); least points of a cloud of ShapeNet-55.
         seed, sizes: of the generated sets.
     """
     if name in GENERATED:
@@ -582,7 +637,7 @@ def load(
     if name == "modelnet40":
         return modelnet40(folder, split, cache=Path.home() / ".cache" / "contramask" / "point_cmae")
     if name == "shapenet55":
-        return shapenet55(folder, split)
+        return shapenet55(folder, split, **({} if size is None else {"least": size}))
     raise ValueError(f"data={name!r}: expected one of {', '.join(Name.__args__)}")  # type: ignore[attr-defined]
 
 

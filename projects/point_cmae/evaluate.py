@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
@@ -26,17 +26,19 @@ from common.recipe import parse, to_yaml
 from common.results import Record, save_record
 from projects.point_cmae import pictures, pretrain
 from projects.point_cmae.augment import normalise
-from projects.point_cmae.data import GENERATED, Name, Sizes, draw, load
+from projects.point_cmae.data import Name, Sizes, draw, load, stacked
 from projects.point_cmae.model import PointCMAE, group, sample_points
 from projects.point_cmae.optim import is_main
 
 Variant = Literal["no-contrast", "paired", "one-branch", "untrained", "moments"]
-SEEN: dict[str, dict[str, Any]] = {
+CHANGES: dict[str, dict[str, Any]] = {
     "no-contrast": {"contrast": "none"},
     "paired": {"contrast": "paired"},
     "one-branch": {"branches": 1, "class_token": False, "contrast": "none", "reconstruction_weight": 1.0},
 }
 """What a trained variant changes of the model."""
+MOMENTS_C = 1.0
+"""C of the SVM on moments, which are few."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class Recipe:
 
     name: str = "demo"
     """Name of the recipe: its file's, and the run folder's."""
+    demo: bool = False
+    """Figures and pictures go to the report of the demos instead of the project's results."""
     pretrain: pretrain.Recipe = field(default_factory=pretrain.Recipe)
     """Pre-training of each seed; its name, seed, data_root and out come from here."""
     data: Name = "solids-hard"
@@ -81,7 +85,7 @@ def probe_clouds(recipe: Recipe, split: Literal["train", "test"], seed: int) -> 
     before = recipe.pretrain
     clouds = load(recipe.data, split, data_root=recipe.data_root, seed=seed, sizes=Sizes(*before.sizes))
     clouds.train = False  # the same draw of points for every variant
-    points = torch.stack([clouds[i][0] for i in range(len(clouds))])
+    points = stacked([clouds[i][0] for i in range(len(clouds))], clouds.name)
     return torch.cat([sample_points(part, before.points) for part in points.split(64)]), clouds.labels
 
 
@@ -94,7 +98,7 @@ def drawn_labels(labels: Tensor, count: int | None, seed: int, draw: int) -> Ten
 
 
 def probe(recipe: Recipe, seed: int, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], c: float) -> tuple[float, float]:
-    """Mean over the draws of labels of `svm`."""
+    """`svm` of features and labels, means over the draws of training labels."""
     found = []
     for number in range(recipe.draws):
         numbers = drawn_labels(train[1], recipe.labels, seed, number)
@@ -179,7 +183,7 @@ def variant_of(recipe: Recipe, what: str, seed: int) -> pretrain.Recipe:
     """The pre-training recipe of the row ("full") or of a variant, for one seed."""
     name = recipe.name if what == "full" else f"{recipe.name}-{what}"
     before = replace(recipe.pretrain, name=name, seed=seed, data_root=recipe.data_root, out=recipe.out)
-    return replace(before, model=replace(before.model, **SEEN.get(what, {})))
+    return replace(before, model=replace(before.model, **CHANGES.get(what, {})))
 
 
 def score(recipe: Recipe, what: str, seed: int) -> dict[str, float]:
@@ -193,7 +197,9 @@ def score(recipe: Recipe, what: str, seed: int) -> dict[str, float]:
     began, found = time.monotonic(), {}
     train, test = (probe_clouds(recipe, split, seed) for split in ("train", "test"))
     if what == "moments":
-        found["SVM accuracy (%)"], found["balanced"] = probe(recipe, seed, (moments(train[0]), train[1]), (moments(test[0]), test[1]), 1.0)
+        found["SVM accuracy (%)"], found["balanced"] = probe(
+            recipe, seed, (moments(train[0]), train[1]), (moments(test[0]), test[1]), MOMENTS_C
+        )
     else:
         if what == "untrained":
             seed_everything(seed)
@@ -209,7 +215,7 @@ def score(recipe: Recipe, what: str, seed: int) -> dict[str, float]:
         if what != "untrained":
             held = held_out(model, before)
             found |= {"chamfer, held-out x 1000": 1000 * held.chamfer, "chamfer, constant patch x 1000": 1000 * held.constant}
-            found |= {"cosine, held-out": held.cosine, "spread, held-out": held.spread}
+            found |= {"spread, held-out": held.spread} | ({"cosine, held-out": held.cosine} if before.model.branches == 2 else {})
     found["seconds"] = round(time.monotonic() - began, 1)
     if is_main():
         write_text(folder / "probe" / "recipe.yaml", to_yaml(asked))
@@ -246,10 +252,10 @@ def _record(recipe: Recipe, what: str, metric: str, values: list[float], scores:
     before = recipe.pretrain
     extra: dict[str, Any] = {
         "row": what,
-        "pre_training": before.data,
+        "pre_training": "none" if what in ("untrained", "moments") else before.data,
         "labels_per_class": recipe.labels or "all",
         "draws": recipe.draws,
-        "svm_c": recipe.svm_c,
+        "svm_c": MOMENTS_C if what == "moments" else recipe.svm_c,
     }
     extra |= {"balanced_accuracy": [s["balanced"] for s in scores]} if metric == "SVM accuracy (%)" else {}
     extra |= {"features": "moments" if what == "moments" else "mean_max" if "mean_max" in metric or what == "one-branch" else "class_max"}
@@ -257,18 +263,17 @@ def _record(recipe: Recipe, what: str, metric: str, values: list[float], scores:
     data = {"name": test.name, "split": "held out", "sha256": checksum(test.files) if test.files else "generated"}
     hours = sum(s["seconds"] for s in scores) / 3600
     made = Record(f"recipes/{recipe.name}.yaml", metric, values, list(recipe.seeds), weights, data, hours, extra)
-    save_record("point_cmae", made, demo=recipe.data in GENERATED)
+    save_record("point_cmae", made, demo=recipe.demo)
 
 
 def _picture(recipe: Recipe) -> None:
     before = variant_of(recipe, "full", recipe.seeds[0])
     model = pretrain.main(before).cpu().eval()
     clouds = load(before.data, "test", data_root=before.data_root, size=before.points, seed=before.seed, sizes=Sizes(*before.sizes))
-    pick: Callable[[int], int] = lambda label: int((clouds.labels == label).nonzero()[0])  # noqa: E731
-    chosen = [pick(label) for label in list(range(len(clouds.classes)))[-5:]]
+    chosen = [int((clouds.labels == label).nonzero()[0]) for label in range(len(clouds.classes))[-5:]]  # the first cloud of a class
     points = torch.stack([normalise(draw(clouds.read(i), before.points, torch.Generator().manual_seed(i))) for i in chosen])
     names = [clouds.classes[int(clouds.labels[i])] for i in chosen]
-    pictures.reconstruction(recipe.picture, model, points, names, demo=before.data in GENERATED)
+    pictures.reconstruction(recipe.picture, model, points, names, demo=recipe.demo)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import json
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 import torch
@@ -26,10 +27,10 @@ from common.recipe import parse, to_yaml
 from common.results import Record, save_record
 from projects.point_cmae.augment import AUGMENTATIONS, choose
 from projects.point_cmae.classifier import PointClassifier, Protocol, apply_protocol, head_of, pre_sampled, vote
-from projects.point_cmae.data import GENERATED, Clouds, Name, Sizes, few_shot, load
+from projects.point_cmae.data import GENERATED, Clouds, Name, Sizes, few_shot, load, together
 from projects.point_cmae.model import Ops, sample_points
 from projects.point_cmae.optim import Clock, adamw, is_main, local_batch, rate_at, synchronised
-from projects.point_cmae.pretrain import RECIPES, pretrained
+from projects.point_cmae.pretrain import PAPERS_EPOCH, RECIPES, pretrained
 from projects.point_cmae.weights import Transfer, load_complete, transfer
 
 
@@ -73,8 +74,8 @@ class Recipe:
     """full: everything trains. mlp3, linear: head, class token and class position. frozen_*: the head alone, encoder in eval mode."""
     start: str = "shapenet55"
     """Pre-training recipe (its file's name), an official checkpoint, or none."""
-    start_epoch: NonNegativeInt = 275
-    """Kept epoch of the pre-training run; a run that did not keep it gives its last weights."""
+    start_epoch: NonNegativeInt = PAPERS_EPOCH
+    """Epoch that the pre-training recipe keeps; not used where it keeps none."""
     start_class_token: bool = False
     """Start the class token from branch 1; the reference's stays fresh."""
     whole: bool = False
@@ -120,7 +121,8 @@ class Recipe:
 
     @property
     def folder(self) -> Path:
-        return Path(self.out) / self.name / f"seed-{self.seed}"
+        from_epoch = "" if self.start_epoch == PAPERS_EPOCH else f"epoch-{self.start_epoch}-"
+        return Path(self.out) / self.name / f"{from_epoch}seed-{self.seed}"
 
 
 def splits(recipe: Recipe) -> tuple[Clouds, Clouds]:
@@ -150,7 +152,7 @@ def build(recipe: Recipe, classes: int) -> tuple[PointClassifier, Transfer | Non
 
 
 def _batches(clouds: Clouds, batch: int) -> DataLoader[Any]:
-    return DataLoader(clouds, batch_size=batch)
+    return DataLoader(clouds, batch_size=batch, collate_fn=together)
 
 
 @torch.no_grad()
@@ -214,6 +216,7 @@ def _trained(recipe: Recipe, model: PointClassifier, train: Clouds, test: Clouds
         batch_size=local_batch(recipe.batch, samples=len(train)),
         shuffle=True,
         drop_last=True,
+        collate_fn=together,
         num_workers=recipe.workers,
         persistent_workers=recipe.workers > 0,
     )
@@ -260,7 +263,8 @@ def main(recipe: Recipe) -> Path | None:
     scores = {}
     for seed in seeds:
         scores[seed] = run(replace(recipe, seed=seed))
-        print(f"{recipe.name}: seed {seed}: best epoch {scores[seed]['best']:.2f} %, last {scores[seed]['last']:.2f} %", flush=True)
+        if is_main():
+            print(f"{recipe.name}: seed {seed}: best epoch {scores[seed]['best']:.2f} %, last {scores[seed]['last']:.2f} %", flush=True)
     if not is_main():
         return None
     each = list(scores.values())
@@ -274,27 +278,22 @@ def main(recipe: Recipe) -> Path | None:
     }
 
     def record(metric: str, values: list[float], **more: Any) -> Path:
-        data = {"name": each[0]["data"], "split": "test", "sha256": each[0]["sha256"]}
+        files = " ".join(dict.fromkeys(score["sha256"] for score in each))  # few-shot: a file a fold
+        data = {"name": each[0]["data"], "split": "test", "sha256": files}
         hours = sum(score["seconds"] for score in each) / 3600
+        metric += "" if recipe.start_epoch == PAPERS_EPOCH else f", from epoch {recipe.start_epoch}"  # a row of its own
         made = Record(f"recipes/{recipe.name}.yaml", metric, values, list(scores), what, data, hours, extra | more)
-        return save_record("point_cmae", made, demo=recipe.data in GENERATED and recipe.way is None)
+        path = save_record("point_cmae", made, demo=recipe.data in GENERATED and recipe.way is None)
+        print(f"{recipe.name}: {metric} {summarise(values)}, recorded in {path}", flush=True)
+        return path
 
     path = record("accuracy (%)", [score["best"] for score in each])
     if recipe.votes:
-        voted = {name: [function(score["votes"]) for score in each] for name, function in (("mean", _mean), ("best", max))}
-        record(
-            "accuracy, voting (%)",
-            voted["best"],
-            mean_of_votes=voted["mean"],
-            votes=recipe.votes,
-            selection_of_vote="best, as the reference",
-        )
-    print(f"{recipe.name}: {summarise([score['best'] for score in each])} accuracy (%), recorded in {path}")
+        means = [fmean(score["votes"]) for score in each]
+        best = [max(score["votes"]) for score in each]
+        record("accuracy, voting (%)", best, mean_of_votes=means, votes=recipe.votes, selection_of_vote="best, as the reference")
+        print(f"{recipe.name}: mean of {recipe.votes} votes {summarise(means)}", flush=True)
     return path
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from projects.point_cmae.cpu_linear import linear, on_plain_cpu, with_fast_linea
 
 Contrast = Literal["dense", "paired", "mse", "l2", "none"]
 CONTRASTS = ("dense", "paired", "mse", "l2", "none")
+Chamfer = Literal["l2", "l1"]
 Ops = Literal["auto", "torch", "triton", "pointnet2_ops"]
 _PATHS: dict[str, Path] = {"auto": "auto", "torch": "tiled", "triton": "triton", "pointnet2_ops": "auto"}
 LARGEST_NORM = 10.0
@@ -73,6 +74,7 @@ class PointCMAE(nn.Module, PyTorchModelHubMixin):
         mask_ratio: r, int(r * G) tokens are hidden in each branch.
         mask: "random", or "block": the tokens nearest to a random one, drawn for each branch.
         branches: 2, or 1 = Point-MAE (then `contrast` is none, and `class_token` False to be the reference's baseline).
+        chamfer: reconstruction loss: "l2" = sums of mean squared distances (cdl2, the release's), "l1" = half of those of distances (cdl1).
         contrast: "dense" is the released code, "paired" what the abstract says; see `contrast_term`.
         reconstruction_weight, contrast_weight: factors of the two terms in the loss (Point-MAE's loop has none on the reconstruction: 1).
         drop_path: rate of the last block of encoder and decoders, rising linearly from 0.
@@ -95,6 +97,7 @@ class PointCMAE(nn.Module, PyTorchModelHubMixin):
         mask: Literal["random", "block"] = "random",
         branches: Literal[1, 2] = 2,
         class_token: bool = True,
+        chamfer: Chamfer = "l2",
         contrast: Contrast = "dense",
         reconstruction_weight: float = 1000.0,
         contrast_weight: float = 1.0,
@@ -106,6 +109,8 @@ class PointCMAE(nn.Module, PyTorchModelHubMixin):
             raise ValueError(
                 f"contrast={contrast!r}, mask={mask!r}, branches={branches}: expected one of {', '.join(CONTRASTS)}; random or block; 1 or 2"
             )
+        if chamfer not in ("l2", "l1"):
+            raise ValueError(f"chamfer={chamfer!r}: expected l2 (squared distances, the release's) or l1")
         if branches == 1 and contrast != "none":
             raise ValueError(f"contrast={contrast!r} with one branch: expected none, there is no second view to agree with")
         kept_count(num_group, mask_ratio, "hide")
@@ -117,7 +122,9 @@ class PointCMAE(nn.Module, PyTorchModelHubMixin):
         self.class_positions = nn.ParameterList(nn.Parameter(torch.empty(1, 1, dim)) for _ in range(branches * class_token))
         for parameter in (*self.class_tokens, *self.class_positions):
             nn.init.trunc_normal_(parameter, std=0.02)
-        self.decoders = nn.ModuleList(PatchDecoder(dim, decoder_depth, decoder_heads, group_size, drop_path) for _ in range(branches))
+        self.decoders = nn.ModuleList(
+            PatchDecoder(dim, decoder_depth, decoder_heads, group_size, drop_path, chamfer) for _ in range(branches)
+        )
         with_fast_linears(self)
 
     def draw_masks(self, centres: Tensor, *, generator: torch.Generator | None = None) -> list[Mask]:
@@ -216,7 +223,9 @@ def contrast_term(kind: Contrast, first: Branch, second: Branch) -> tuple[Tensor
     if kind == "dense":
         one, two = unit(first.features), unit(second.features)
         weight = both.gather(1, first.mask.order)[:, None]  # in the order of branch 1's features; branch 2's order does not matter
-        return (1 + 1e-8) * count - ((weight @ one)[:, 0] * two.mean(1)).sum(), count
+        with torch.autocast(one.device.type, enabled=False):  # the product would be rounded
+            shared = (weight @ one)[:, 0]
+        return (1 + 1e-8) * count - (shared * two.mean(1)).sum(), count
     one, two = (_token_order(branch) for branch in (first, second))
     if kind == "paired":
         each = 1 - (unit(one) * unit(two)).sum(-1)
@@ -417,8 +426,9 @@ class PointEncoder(nn.Module):
 class PatchDecoder(nn.Module):
     """Mask tokens behind the visible ones, blocks, norm and head on the hidden ones: the points of their groups (Sec. 3.6 of the release)."""
 
-    def __init__(self, dim: int, depth: int, num_heads: int, group_size: int, drop_path: float) -> None:
+    def __init__(self, dim: int, depth: int, num_heads: int, group_size: int, drop_path: float, chamfer: Chamfer = "l2") -> None:
         super().__init__()
+        self.chamfer = chamfer
         self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         self.positions = position_mlp(dim)
@@ -434,5 +444,5 @@ class PatchDecoder(nn.Module):
         decoded = self.norm(features[:, mask.kept :])
         target = gather(groups, mask.masked)
         prediction = self.head(decoded).float().view(target.shape)
-        distance = chamfer(prediction.flatten(0, 1), target.flatten(0, 1))
+        distance = chamfer(prediction.flatten(0, 1), target.flatten(0, 1), self.chamfer)
         return Branch(mask, visible, features, decoded, prediction, target, distance)

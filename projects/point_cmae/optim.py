@@ -32,13 +32,14 @@ def adamw(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=float(lr), fused=True)
 
 
-def rate_in_epoch(epoch: int, *, peak: float, epochs: int, warmup: int = 10) -> float:
-    """Rate during a 0-based epoch, as the reference's loop has it: one epoch late, so that epochs 0 and 1 run at 1e-6.
+def rate_in_epoch(epoch: int, *, peak: float, epochs: int, warmup: int = 10, start: float = LOWEST, final: float = LOWEST) -> float:
+    """Rate during a 0-based epoch, as the reference's loop has it: one epoch late, so that epochs 0 and 1 run at `start`.
 
-    Straight line from 1e-6 over `warmup` epochs, then a cosine to 1e-6 that counts from epoch 0 (the rate drops where the two meet), then 1e-6.
+    Straight line from `start` over `warmup` epochs, then a cosine to `final` that counts from epoch 0 (the rate drops where the two meet),
+    then `final`.
     """
     told = max(epoch - 1, 0)
-    return warmed(told, warmup=warmup, peak=peak, start=LOWEST) if told < warmup else cosine(told, total=epochs, peak=peak, final=LOWEST)
+    return warmed(told, warmup=warmup, peak=peak, start=start) if told < warmup else cosine(told, total=epochs, peak=peak, final=final)
 
 
 def rate_at(plan: Budget, *, peak: float, epochs: int, warmup: int, clock: Clock) -> Callable[[int], float]:

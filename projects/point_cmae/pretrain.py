@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, OpenUnitInterval, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -19,11 +20,13 @@ from common.recipe import parse, read, to_yaml
 from projects.point_cmae import class_contrast
 from projects.point_cmae.augment import AUGMENTATIONS
 from projects.point_cmae.data import Name, Sizes, Unlabelled, load
-from projects.point_cmae.model import Contrast, Ops, PointCMAE
+from projects.point_cmae.model import Chamfer, Contrast, Ops, PointCMAE
 from projects.point_cmae.optim import Clock, adamw, is_main, local_batch, rate_at, synchronised
 from projects.point_cmae.weights import load_pretraining, ours_as_official, read_checkpoint
 
 RECIPES = Path(__file__).parent / "recipes"
+PAPERS_EPOCH = 275
+"""Pre-training epoch (0-based) that the downstream figures were made from."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ class Architecture:
     """1: Point-MAE."""
     class_token: bool = True
     """In front of the visible tokens; Point-MAE has none."""
+    chamfer: Chamfer = "l2"
+    """l2: squared distances (the release's cdl2). l1: distances (cdl1)."""
     contrast: Contrast = "dense"
     """dense: the released code. paired: the abstract. none: two reconstructions alone."""
     reconstruction_weight: PositiveFloat = 1000.0
@@ -98,7 +103,7 @@ class Recipe:
     """Clouds a step over all processes; the last, smaller batch is dropped."""
     augmentation: Literal["scale_translate", "rotate", "none"] = "scale_translate"
     """Of every cloud at every step."""
-    keep_epochs: list[NonNegativeInt] = field(default_factory=lambda: [275])
+    keep_epochs: list[NonNegativeInt] = field(default_factory=lambda: [PAPERS_EPOCH])
     """0-based epochs whose weights are kept in epoch-<n>; the paper fine-tunes from 275."""
     start: str = "none"
     """Official pre-training checkpoint to start from (Point-MAE's starts both branches alike)."""
@@ -183,6 +188,8 @@ def main(recipe: Recipe) -> PointCMAE:
     )
     if is_main():
         save_model(model, recipe.folder, recipe=to_yaml(recipe))
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # others may load what is written
     return model
 
 
@@ -191,7 +198,9 @@ def pretrained(start: str, *, epoch: int, seed: int, data_root: str | None, out:
 
     Args:
         start: "none", a pre-training recipe's name, or the path of a checkpoint, also one inside the data root.
-        epoch: the kept epoch of the run; its last weights where it did not keep that.
+        epoch: one that the recipe keeps; a recipe that keeps none gives its last weights.
+    Raises:
+        ValueError: the recipe keeps other epochs.
     """
     if start == "none":
         return None
@@ -200,7 +209,11 @@ def pretrained(start: str, *, epoch: int, seed: int, data_root: str | None, out:
         given, folder = Path(start), data_root or os.environ.get(VARIABLE)
         return read_checkpoint(given if given.is_file() or folder is None else Path(folder) / start)
     recipe = read(Recipe, file, data_root=data_root, out=out, seed=seed)
-    wanted = recipe.folder / f"epoch-{epoch}" if epoch in recipe.keep_epochs else recipe.folder
+    if recipe.keep_epochs and epoch not in recipe.keep_epochs:
+        raise ValueError(
+            f"start_epoch={epoch}: {file.name} keeps epochs {recipe.keep_epochs}; start from one of them or add it to keep_epochs"
+        )
+    wanted = recipe.folder / f"epoch-{epoch}" if recipe.keep_epochs else recipe.folder
     if not (wanted / "config.json").is_file():
         main(recipe)
     model = load_model(PointCMAE, wanted)

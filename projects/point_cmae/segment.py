@@ -28,8 +28,8 @@ from projects.point_cmae.augment import scale_shift
 from projects.point_cmae.data import Parts, Sizes, load_parts
 from projects.point_cmae.model import Ops
 from projects.point_cmae.optim import Clock, adamw, is_main, local_batch, rate_at, synchronised
-from projects.point_cmae.pretrain import pretrained
-from projects.point_cmae.segmenter import PartScores, PartSegmenter, part_scores
+from projects.point_cmae.pretrain import PAPERS_EPOCH, pretrained
+from projects.point_cmae.segmenter import PartScores, PartSegmenter, own_parts, part_scores
 from projects.point_cmae.weights import load_complete, transfer
 
 
@@ -71,8 +71,8 @@ class Recipe:
     """Points of a cloud."""
     start: str = "shapenet55"
     """Pre-training recipe (its file's name), an official checkpoint, or none."""
-    start_epoch: NonNegativeInt = 275
-    """Kept epoch of the pre-training run; a run that did not keep it gives its last weights."""
+    start_epoch: NonNegativeInt = PAPERS_EPOCH
+    """Epoch that the pre-training recipe keeps; not used where it keeps none."""
     whole: bool = False
     """`start` is an official segmenter: evaluate it without training."""
     model: Architecture = field(default_factory=Architecture)
@@ -127,11 +127,11 @@ def evaluate(model: PartSegmenter, data: Parts, batch: int = 16) -> PartScores:
     """Part IoU over the whole set, each object once; every process counts all."""
     model.eval()
     device = next(model.parameters()).device
-    scores, labels = [], []
+    predictions, labels = [], []
     for points, category, parts in DataLoader(data, batch_size=batch):
-        scores.append(model(points.to(device), category.to(device)).cpu())
+        predictions.append(own_parts(model(points.to(device), category.to(device)).cpu(), parts, data.parts))
         labels.append(parts)
-    return part_scores(torch.cat(scores), torch.cat(labels), data.parts)
+    return part_scores(torch.cat(predictions), torch.cat(labels), data.parts)
 
 
 def run(recipe: Recipe) -> dict[str, Any]:
@@ -152,10 +152,10 @@ def run(recipe: Recipe) -> dict[str, Any]:
     model = PartSegmenter(count, len(train.parts), **asdict(recipe.model))
     if state is not None and recipe.whole:
         load_complete(model, state, "segmenter", origin=recipe.start)
-    elif state is not None and is_main():
-        print(f"{recipe.name}: from {recipe.start}: {transfer(model, state, 'segmenter', origin=recipe.start)}", flush=True)
     elif state is not None:
-        transfer(model, state, "segmenter", origin=recipe.start)
+        report = transfer(model, state, "segmenter", origin=recipe.start)
+        if is_main():
+            print(f"{recipe.name}: from {recipe.start}: {report}", flush=True)
     if recipe.whole:
         scores = evaluate(model, test)
         found: dict[str, Any] = {"instance": 100 * scores.instance_miou, "class": 100 * scores.class_miou, "epoch": None}

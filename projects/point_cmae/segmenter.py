@@ -118,19 +118,36 @@ def interpolate(points: Tensor, centres: Tensor, features: Tensor) -> Tensor:
 class PartScores(NamedTuple):
     """Shares, 0 to 1."""
 
-    prediction: Tensor  # (S, N) part ids
     instance_miou: float
     class_miou: float
     accuracy: float
     per_category: dict[str, float]
 
 
-def part_scores(scores: Tensor, labels: Tensor, parts: dict[str, range] = PARTS) -> PartScores:
-    """Part IoU of shapes, each judged among its own category's parts alone.
+def _category(label: Tensor, parts: dict[str, range]) -> str:
+    """Category of a shape by its labels (N,): that of the true part of point 0."""
+    name = next((name for name, ids in parts.items() if int(label[0]) in ids), None)
+    if name is None or not all(int(part) in parts[name] for part in label.unique()):
+        raise ValueError(f"labels: expected parts of one category a shape, found {label.unique().tolist()} (point 0: {name})")
+    return name
+
+
+def own_parts(scores: Tensor, labels: Tensor, parts: dict[str, range] = PARTS) -> Tensor:
+    """Prediction (S, N) from scores (S, N, parts), logits or log-probabilities: the likeliest of the shape's own category's parts.
 
     Args:
-        scores: (S, N, parts) logits or log-probabilities; labels: (S, N) part ids. The category is that of the true part of point 0.
+        labels: (S, N) true part ids; the category is that of point 0's.
         parts: part ids of each category.
+    Raises:
+        ValueError: a label that no category has, or that belongs to another category than point 0's.
+    """
+    own = [parts[_category(label, parts)] for label in labels]
+    return torch.stack([score[:, ids.start : ids.stop].argmax(1) + ids.start for score, ids in zip(scores, own, strict=True)])
+
+
+def part_scores(prediction: Tensor, labels: Tensor, parts: dict[str, range] = PARTS) -> PartScores:
+    """Part IoU of shapes: prediction of `own_parts` and labels, (S, N) part ids each.
+
     Returns:
         IoU of a part that neither prediction nor labels have is 1; of a shape: the mean over its category's parts; `instance_miou`: mean over
         shapes; `class_miou`: mean over the categories present of the mean over their shapes.
@@ -138,23 +155,14 @@ def part_scores(scores: Tensor, labels: Tensor, parts: dict[str, range] = PARTS)
         ValueError: a label that no category has, or that belongs to another category than point 0's.
     """
     by_category: dict[str, list[float]] = {}
-    predictions = []
-    for score, label in zip(scores, labels, strict=True):
-        name = next((name for name, ids in parts.items() if int(label[0]) in ids), None)
-        if name is None or not all(int(part) in parts[name] for part in label.unique()):
-            raise ValueError(f"labels: expected parts of one category a shape, found {label.unique().tolist()} (point 0: {name})")
-        ids = parts[name]
-        found = score[:, ids.start : ids.stop].argmax(1) + ids.start
-        shares = []
-        for part in ids:
+    for found, label in zip(prediction, labels, strict=True):
+        name, shares = _category(label, parts), []
+        for part in parts[name]:
             one, other = found == part, label == part
             union = int((one | other).sum())
             shares.append(int((one & other).sum()) / union if union else 1.0)
         by_category.setdefault(name, []).append(sum(shares) / len(shares))
-        predictions.append(found)
-    prediction = torch.stack(predictions)
     every = [value for values in by_category.values() for value in values]
     means = {name: sum(values) / len(values) for name, values in sorted(by_category.items())}
-    return PartScores(
-        prediction, sum(every) / len(every), sum(means.values()) / len(means), float((prediction == labels).double().mean()), means
-    )
+    correct = float((prediction == labels).double().mean())
+    return PartScores(sum(every) / len(every), sum(means.values()) / len(means), correct, means)

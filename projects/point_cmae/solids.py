@@ -1,7 +1,7 @@
 """The embedded default: clouds of twelve solids, made from numbers alone; item i of a split depends on (seed, split, i) only.
 
 Classes look alike in patches (legs, rods, plates), sizes vary, every axis is stretched and the object turned about y, so that neither a centroid
-nor a bounding box tells the class; `moments` (data.py) measures how far such features get.
+nor a bounding box tells the class; `moments` (evaluate.py) measures how far such features get.
 """
 
 from __future__ import annotations

@@ -10,7 +10,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -36,6 +38,8 @@ for _number, _decoder, _head in (("1", "MAE_decoder", "increase_dim.0"), ("2", "
 _ONE_BRANCH = {f"MAE_encoder.{theirs}": ours for theirs, ours in _ENCODER.items()}
 _ONE_BRANCH |= {"mask_token": "decoders.0.mask_token", "decoder_pos_embed": "decoders.0.positions", "increase_dim.0": "decoders.0.head"}
 _ONE_BRANCH |= {"MAE_decoder.blocks": "decoders.0.stack.blocks", "MAE_decoder.norm": "decoders.0.norm"}
+# Point-MAE has no class token; that of `class_contrast` is named as branch 1's of the release, so that `transfer` treats both alike
+_ONE_BRANCH |= {"MAE_encoder.cls_token1": "class_tokens.0", "MAE_encoder.cls_pos1": "class_positions.0"}
 _CLASSIFIER = _ENCODER | {"cls_token": "class_token", "cls_pos": "class_position", "cls_head_finetune": "head"}
 _SEGMENTER = _ENCODER | {"label_conv.0": "category.0", "label_conv.1": "category.1"}
 _SEGMENTER |= {f"propagation_0.mlp_{kind}s.{i}": f"propagate.{3 * i + (kind == 'bn')}" for kind in ("conv", "bn") for i in (0, 1)}
@@ -43,6 +47,13 @@ _SEGMENTER |= {"convs1": "head.0", "bns1": "head.1", "convs2": "head.4", "bns2":
 TABLES = {"two_branches": _TWO_BRANCHES, "one_branch": _ONE_BRANCH, "classifier": _CLASSIFIER, "segmenter": _SEGMENTER}
 UNUSED = ("MAE_encoder.proj_cls.*",)
 """A projector that the reference computes and throws away."""
+
+
+def _numpy_numbers() -> list[Any]:
+    """What a pickled NumPy number is made of: the reference's files hold such accuracies beside the weights, and no code is run for them."""
+    scalar = np.float64(0).__reduce__()[0]
+    dtypes = [type(np.dtype(kind)) for kind in ("float64", "float32", "int64")]
+    return [np.dtype, *dtypes, (scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar")]
 
 
 def our_name(official: str, table: Mapping[str, str]) -> str | None:
@@ -60,7 +71,7 @@ def official_names(model: nn.Module, kind: str) -> dict[str, str]:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
-    """State dict of an official file (weights-only), without `module.` prefixes.
+    """State dict of an official file (weights-only; NumPy numbers beside it are admitted), without `module.` prefixes.
 
     Raises:
         FileNotFoundError, ValueError: no such file; a file that holds none of the known entries, its top-level keys named.
@@ -71,7 +82,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     reasons = []
     for key in HOLDERS:
         try:
-            state = read_state_dict(path, key=key)
+            with torch.serialization.safe_globals(_numpy_numbers()):
+                state = read_state_dict(path, key=key)
         except ValueError as err:
             reasons.append(str(err))
             continue

@@ -68,6 +68,11 @@ def test_shapenet55_names_missing_and_spoiled_files(tmp_path: Path) -> None:
     np.save(clouds / "02691156-a.npy", np.ones((1500, 3)))
     with pytest.raises(ValueError, match="all points are equal"):
         shapenet55(folder, "train").read(0)
+    (clouds / "02691156-a.npy").write_bytes(b"not an array")
+    with pytest.raises(ValueError, match=r"02691156-a\.npy: expected a NumPy file of points"):
+        shapenet55(folder, "train").read(0)
+    with pytest.raises(ValueError, match="at least 2000 points, found 1500"):
+        shapenet55(folder, "train", least=2000).read(1)
     (clouds / "02691156-a.npy").unlink()
     (clouds / "03001627-c.npy").unlink()
     with pytest.raises(FileNotFoundError, match=r"02691156-a.npy of .*train.txt is missing, and 1 more of 3"):
@@ -101,6 +106,16 @@ def test_modelnet40_pickles_load_without_running_them_and_convert(tmp_path: Path
     again = modelnet40(tmp_path, "test")
     assert again.files[0].suffix == ".npz"
     assert torch.equal(again[1][0], clouds[1][0])
+
+
+def test_clouds_of_different_lengths_are_pointed_out(tmp_path: Path) -> None:
+    base = modelnet(tmp_path, "dat")
+    content = [[cloud(64, 6), cloud(50, 6)], [np.array([0]), np.array([1])]]
+    (base / "modelnet40_test_8192pts_fps.dat").write_bytes(pickle.dumps(content))
+    with pytest.raises(ValueError, match=r"fps.dat: cloud 1 has 50 points, cloud 0 has 64; resample"):
+        modelnet40(tmp_path, "test")
+    with pytest.raises(ValueError, match="batch: cloud 1 has 3 points, cloud 0 has 4"):
+        data.together([(torch.ones(4, 3), 0), (torch.ones(3, 3), 1)])
 
 
 def test_pickles_with_code_are_refused(tmp_path: Path) -> None:
@@ -263,6 +278,9 @@ def test_spoiled_part_files_are_refused(tmp_path: Path) -> None:
     base = parts_folder(tmp_path, part=9)
     with pytest.raises(ValueError, match=r"a.txt: part 9: expected 4 to 5 of Bag"):
         shapenet_part(tmp_path, "train")[0]
+    (base / "1001" / "a.txt").write_text("x y z\n")
+    with pytest.raises(ValueError, match=r"a\.txt: expected rows x y z nx ny nz part, found a damaged"):
+        shapenet_part(tmp_path, "train")[0]
     np.savetxt(base / "1001" / "a.txt", cloud(10, 6))
     with pytest.raises(ValueError, match="expected rows x y z nx ny nz part, found 6 columns"):
         shapenet_part(tmp_path, "train")[0]
@@ -305,6 +323,17 @@ def test_the_points_of_a_cone_are_uniform_on_its_surface() -> None:
 
 
 # -- real sets -------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "file"), [("lidarnet", "lidarnet_objects.npz"), ("modelnet10-voxels", "chair_monitor_32.npz")])
+def test_damaged_real_sets_are_named(tmp_path: Path, name: Any, file: str) -> None:
+    with pytest.raises(FileNotFoundError, match=file):
+        data.load(name, "train", data_root=str(tmp_path))
+    path = tmp_path / name.replace("-", "_") / file
+    path.parent.mkdir()
+    np.savez(path, other=np.zeros(2))
+    with pytest.raises(ValueError, match=rf"{file}: expected an npz file"):
+        data.load(name, "train", data_root=str(tmp_path))
 
 
 def test_whole_runs_keep_neighbours_and_copies_on_one_side() -> None:

@@ -8,11 +8,13 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.point_cmae_step import plain_loss
 from common.kernels.points import chamfer
 from common.masking import from_hidden
 from projects.point_cmae import model as module
@@ -22,7 +24,7 @@ from projects.point_cmae.classifier import PointClassifier, apply_protocol, pre_
 from projects.point_cmae.cpu_linear import linear
 from projects.point_cmae.model import GroupEmbed, PointCMAE, contrast_term, group, max_of_linear, sample_points
 from projects.point_cmae.optim import adamw, rate_at
-from projects.point_cmae.segmenter import PartSegmenter, part_scores
+from projects.point_cmae.segmenter import PartSegmenter, own_parts, part_scores
 from projects.point_cmae.weights import load_complete, load_pretraining, official_names, ours_as_official, read_checkpoint, transfer
 
 SMALL: dict[str, Any] = {"dim": 24, "depth": 2, "num_heads": 2, "num_group": 10, "group_size": 6, "widths": (8, 12, 16)}
@@ -73,6 +75,19 @@ def test_no_token_hidden_twice_counts_as_zero_and_is_said() -> None:
         out = model(clouds(2), [from_hidden(first), from_hidden(first.flip(1))])
     assert out.contrast == 0
     assert torch.isfinite(out.loss)
+
+
+def test_dense_is_summed_in_float32_under_autocast() -> None:
+    one, two = cmae().eval()(clouds(), generator=torch.Generator().manual_seed(1)).branches
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = contrast_term("dense", one, two)[0]
+    torch.testing.assert_close(rounded, contrast_term("dense", one, two)[0])
+
+
+def test_the_plain_form_of_the_benchmark_has_the_same_loss() -> None:
+    model = cmae().eval()
+    masks = model.draw_masks(clouds()[:, :10], generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(plain_loss(model, clouds(), masks), model(clouds(), masks).loss, rtol=1e-5, atol=1e-4)
 
 
 def test_collapse_shows_in_cosine_and_spread() -> None:
@@ -135,6 +150,12 @@ def test_one_branch_is_plain_reconstruction() -> None:
     with pytest.raises(ValueError, match="no class token"):
         model.features(clouds())
     assert model.features(clouds(), "mean_max").shape == (3, 48)
+
+
+def test_distances_may_replace_squared_ones() -> None:
+    branch = cmae(chamfer="l1").eval()(clouds()).branches[0]
+    distance = torch.cdist(branch.prediction.flatten(0, 1), branch.target.flatten(0, 1), compute_mode="donot_use_mm_for_euclid_dist")
+    torch.testing.assert_close(branch.reconstruction, (distance.amin(2).mean() + distance.amin(1).mean()) / 2)
 
 
 def test_the_target_is_relative_to_its_centre_and_squared_distances_are_summed() -> None:
@@ -200,6 +221,11 @@ def test_augmentations_stay_in_their_ranges_and_choose_alike_for_the_batch() -> 
     assert 1.45 < scale.max() <= 1.5 + 1e-3
     torch.testing.assert_close(rotate_y(points, generator=generator).norm(dim=2), points.norm(dim=2))
     assert (rotate_y(points, generator=generator)[..., 1] - points[..., 1]).abs().max() < 1e-6
+    angle = torch.linspace(0, 6, 200)
+    rotation = torch.stack([torch.tensor([[a.cos(), 0, a.sin()], [0, 1, 0], [-a.sin(), 0, a.cos()]]) for a in angle])
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # coordinates stay exact
+        turned = rotate_y(points, angle=angle)
+    torch.testing.assert_close(turned, points @ rotation)
     shrunk = scale_shift(points, generator=generator)
     ratio = (shrunk[:, 1] - shrunk[:, 0]) / (points[:, 1] - points[:, 0])
     torch.testing.assert_close(ratio[:, 0], ratio[:, 2], rtol=1e-3, atol=1e-4)
@@ -244,9 +270,10 @@ def test_rates_change_by_epoch_or_by_step() -> None:
 
 @pytest.mark.parametrize("style", ["moco", "byol", "simsiam"])
 def test_class_contrast_compares_a_masked_with_an_unmasked_pass(style: Any) -> None:
-    wrapped = ClassContrast(cmae(branches=1, contrast="none", drop_path=0.0), style, queue=8, momentum=0.9).train()
+    student = cmae(branches=1, contrast="none", drop_path=0.0, contrast_weight=3.0)
+    wrapped = ClassContrast(student, style, queue=8, momentum=0.9).train()
     out = wrapped(clouds(4))
-    torch.testing.assert_close(out.loss, 1000 * out.reconstruction + out.contrast)
+    torch.testing.assert_close(out.loss, 1000 * out.reconstruction + 3 * out.contrast)
     out.loss.backward()
     assert all(p.grad is None for p in wrapped.teacher.parameters())
     assert wrapped.student.class_tokens[0].grad.norm() > 0
@@ -344,6 +371,7 @@ def test_clouds_that_cannot_be_grouped_are_refused(what: str, message: str) -> N
         ({"ops": "cuda"}, "auto, torch, triton, pointnet2_ops"),
         ({"branches": 1}, "no second view"),
         ({"mask": "tube"}, "random or block"),
+        ({"chamfer": "cdl2"}, "expected l2 .* or l1"),
     ],
 )
 def test_wrong_settings_name_themselves(changes: dict[str, Any], message: str) -> None:
@@ -363,7 +391,7 @@ def test_masks_of_another_number_or_shape_are_refused() -> None:
 
 def test_part_scores_refuse_parts_of_two_categories() -> None:
     with pytest.raises(ValueError, match="parts of one category"):
-        part_scores(torch.zeros(1, 3, 50), torch.tensor([[0, 1, 30]]))
+        own_parts(torch.zeros(1, 3, 50), torch.tensor([[0, 1, 30]]))
     with pytest.raises(ValueError, match="category: expected 0 to 1, found 5 to 5"):
         PartSegmenter(4, 2, **SMALL)(clouds(1), torch.tensor([5]))
 
@@ -372,8 +400,9 @@ def test_absent_parts_count_one_and_others_parts_are_not_predicted() -> None:
     scores = torch.zeros(1, 4, 50)
     scores[..., 49] = 9.0  # a table's part, never a bag's
     scores[0, :, 4] = 1.0
-    found = part_scores(scores, torch.full((1, 4), 4))
-    assert (found.prediction == 4).all()
+    prediction = own_parts(scores, torch.full((1, 4), 4))
+    found = part_scores(prediction, torch.full((1, 4), 4))
+    assert (prediction == 4).all()
     assert found.instance_miou == found.class_miou == found.accuracy == 1.0
 
 
@@ -434,6 +463,17 @@ def test_the_class_token_stays_fresh_unless_asked_for() -> None:
     assert torch.equal(classifier.class_token, fresh)
     transfer(classifier, state, "classifier", class_token=True)
     assert torch.equal(classifier.class_token, before.class_tokens[0])
+    single = cmae(branches=1, contrast="none")  # as `class_contrast` trains it
+    transfer(classifier, ours_as_official(single.state_dict(), single), "classifier", class_token=True)
+    assert torch.equal(classifier.class_position, single.class_positions[0])
+
+
+def test_numpy_numbers_beside_the_weights_are_admitted_and_code_is_not(tmp_path: Path) -> None:
+    torch.save({"model_state_dict": {"a": torch.ones(2)}, "test_acc": np.float64(0.9), "epoch": np.int64(3)}, tmp_path / "part_seg.pth")
+    assert read_checkpoint(tmp_path / "part_seg.pth")["a"].tolist() == [1, 1]
+    torch.save({"model_state_dict": {"a": torch.ones(2)}, "args": types.SimpleNamespace(lr=1)}, tmp_path / "part_seg.pth")
+    with pytest.raises(ValueError, match="it was not loaded"):
+        read_checkpoint(tmp_path / "part_seg.pth")
 
 
 def test_wrong_checkpoints_are_pointed_out(tmp_path: Path) -> None:

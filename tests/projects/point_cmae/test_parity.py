@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable
+from fnmatch import fnmatch
 
 import pytest
 import torch
@@ -11,20 +12,21 @@ from torch import Tensor, nn
 
 from common.kernels.points import chamfer, farthest_points, knn_group, nearest_pairs
 from common.masking import Mask, from_hidden
+from common.weights import load_into
 from projects.point_cmae.augment import normalise, rotate_y, scale_translate
 from projects.point_cmae.classifier import PointClassifier, apply_protocol, head_of
 from projects.point_cmae.model import GroupEmbed, PointCMAE, contrast_term, group
 from projects.point_cmae.optim import decays, rate_in_epoch
-from projects.point_cmae.segmenter import PARTS, PartSegmenter, interpolate, part_scores
-from projects.point_cmae.weights import TABLES, fitted, load_complete, load_pretraining, official_names, our_name, transfer
+from projects.point_cmae.segmenter import PARTS, PartSegmenter, interpolate, own_parts, part_scores
+from projects.point_cmae.weights import TABLES, UNUSED, fitted, load_complete, load_pretraining, official_names, our_name, transfer
 from tests.parity import Case, cases, check
 
 
-def gradients(case: Case, model: nn.Module, kind: str, of: Iterable[str]) -> Tensor:
-    """Norms of the gradients of the official names, 0 where none flows."""
+def gradients(model: nn.Module, kind: str, of: Iterable[str]) -> Tensor:
+    """Norms of the gradients of the official names, 0 where none flows (the projector that is left out here among them)."""
     parameters = dict(model.named_parameters())
-    found = [parameters[our_name(name, TABLES[kind])].grad for name in of]
-    return torch.stack([torch.zeros(()) if grad is None else grad.norm() for grad in found])
+    kept = [None if any(fnmatch(name, part) for part in UNUSED) else parameters[our_name(name, TABLES[kind])].grad for name in of]
+    return torch.stack([torch.zeros(()) if grad is None else grad.norm() for grad in kept])
 
 
 def mask_of(case: Case, name: str) -> Mask:
@@ -36,9 +38,10 @@ def cmae(case: Case, **changes: object) -> PointCMAE:
     sizes = {"dim": config["dim"], "depth": config["depth"], "num_heads": config["heads"]}
     sizes |= {"decoder_depth": config["decoder_depth"], "decoder_heads": config["decoder_heads"]}
     sizes |= {"num_group": config["num_group"], "group_size": config["group_size"], "mask_ratio": config["mask_ratio"]}
-    model = PointCMAE(**sizes, drop_path=0.0, **changes)
+    chamfer = str(config.get("loss", "cdl2")).removeprefix("cd")
+    model = PointCMAE(**sizes, drop_path=0.0, chamfer=chamfer, **changes)
     load_pretraining(model, case.state)
-    return model.train(case.raw["mode"] != "eval")
+    return model.train(not str(case.raw["mode"]).startswith("eval"))
 
 
 def pretrain(case: Case) -> dict[str, Tensor]:
@@ -54,26 +57,29 @@ def pretrain(case: Case) -> dict[str, Tensor]:
         found[f"alt.{name}"] = total / count
     found = {name: value.detach() for name, value in found.items()}
     out.contrast.backward(retain_graph=True)
-    found["contrast_grad_norms"] = gradients(case, model, "two_branches", case.raw["grad_norm_names"])
+    found["contrast_grad_norms"] = gradients(model, "two_branches", case.raw["grad_norm_names"])
     model.zero_grad()
     out.loss.backward()
-    found["grad_norms"] = gradients(case, model, "two_branches", case.raw["grad_norm_names"])
+    found["grad_norms"] = gradients(model, "two_branches", case.raw["grad_norm_names"])
     parameters = dict(model.named_parameters())
-    for name in case.raw["grad_slice_names"]:
+    for name in case.raw.get("grad_slice_names", ()):
         found[f"grad.{name}"] = parameters[our_name(name, TABLES["two_branches"])].grad
     return found
 
 
 def one_branch(case: Case) -> dict[str, Tensor]:
-    model = cmae(case, branches=1, class_token=case.config["class_token"], contrast="none", reconstruction_weight=1.0)
+    model = cmae(case, branches=1, class_token=case.config.get("class_token", False), contrast="none", reconstruction_weight=1.0)
     out = model(case.inputs["points"], [mask_of(case, "mask")])
     out.loss.backward()
     branch = out.branches[0]
     return {
         "recon": out.loss,
         "rebuilt": branch.prediction.flatten(0, 1),
+        "target": branch.target.flatten(0, 1),
+        "decoded": branch.decoded,
+        "features": branch.features,
         "visible": branch.visible,
-        "grad_norms": gradients(case, model, "one_branch", case.raw["grad_norm_names"]),
+        "grad_norms": gradients(model, "one_branch", case.raw["grad_norm_names"]),
     }
 
 
@@ -94,8 +100,8 @@ def token_embed(case: Case) -> dict[str, Tensor]:
         for theirs, ours in TABLES["classifier"].items()
         if "conv" in theirs
     }
-    renamed = {our_name(name, table): value for name, value in case.state.items()}
-    embed.load_state_dict(fitted(renamed, embed), strict=False)
+    renamed = {our_name(name, table) or name: value for name, value in case.state.items()}
+    load_into(embed, fitted(renamed, embed), absent=("*.num_batches_tracked",))
     groups = case.inputs["neighborhood"]
     out = {"tokens_eval": embed.eval()(groups), "tokens_train": embed.train()(groups)}
     for number, norm in enumerate((embed.first_norm, embed.third_norm), start=1):
@@ -127,14 +133,19 @@ def classifier(case: Case) -> dict[str, Tensor]:
         "loss": scores.loss,
         "accuracy_percent": 100 * scores.correct / len(labels),
         "bn_running_mean_after": model.encoder.embed.first_norm.running_mean,
-        "grad_norms": gradients(case, model, "classifier", case.raw["grad_norm_names"]),
+        "grad_norms": gradients(model, "classifier", case.raw["grad_norm_names"]),
     }
+
+
+SIZES = {"heads": "num_heads", "num_group": "num_group", "group_size": "group_size"}
+"""Sizes of the segmenter that a state does not show; the reference has one."""
 
 
 def partseg(case: Case) -> dict[str, Tensor]:
     depth = 1 + max(int(name.split(".")[2]) for name in case.state if name.startswith("blocks.blocks."))
-    dim = len(case.state["norm.weight"])
-    model = PartSegmenter(case.config["parts"], 16, dim, depth, drop_path=0.0, dropout=0.0)
+    dim, categories = len(case.state["norm.weight"]), case.state["label_conv.0.weight"].shape[1]
+    given = {ours: case.config[name] for name, ours in SIZES.items() if name in case.config}
+    model = PartSegmenter(case.config["parts"], categories, dim, depth, **given, drop_path=0.0, dropout=0.0)
     load_complete(model, case.state, "segmenter")
     points, category, labels = (case.inputs[name] for name in ("points", "category", "labels"))
     with torch.no_grad():
@@ -147,7 +158,7 @@ def partseg(case: Case) -> dict[str, Tensor]:
     return out | {
         "log_prob_train": scores,
         "loss": loss,
-        "grad_norms": gradients(case, model, "segmenter", case.raw["grad_norm_names"]),
+        "grad_norms": gradients(model, "segmenter", case.raw["grad_norm_names"]),
     }
 
 
@@ -156,11 +167,12 @@ def three_nn(case: Case) -> dict[str, Tensor]:
 
 
 def iou(case: Case) -> dict[str, Tensor]:
-    found = part_scores(case.inputs["scores"], case.inputs["labels"])
+    prediction = own_parts(case.inputs["scores"], case.inputs["labels"])
+    found = part_scores(prediction, case.inputs["labels"])
     assert [next(name for name, ids in PARTS.items() if int(row[0]) in ids) for row in case.inputs["labels"]] == case.config["categories"]
     out = {name: torch.tensor(getattr(found, name), dtype=torch.float64) for name in ("instance_miou", "class_miou", "accuracy")}
     each = [found.per_category[name] for name in case.raw["categories_present"]]
-    return out | {"prediction": found.prediction, "per_category": torch.tensor(each, dtype=torch.float64)}
+    return out | {"prediction": prediction, "per_category": torch.tensor(each, dtype=torch.float64)}
 
 
 def augment(case: Case) -> dict[str, Tensor]:
@@ -173,11 +185,11 @@ def augment(case: Case) -> dict[str, Tensor]:
 
 
 def schedule(case: Case) -> dict[str, Tensor]:
-    assert (case.config["lr_min"], case.config["warmup_start"]) == (1e-6, 1e-6)
+    ends = {"start": case.config["warmup_start"], "final": case.config["lr_min"]}
     return {
         run["output"]: torch.tensor(
             [
-                rate_in_epoch(epoch, peak=run["lr"], epochs=run["epochs"], warmup=run["warmup"])
+                rate_in_epoch(epoch, peak=run["lr"], epochs=run["epochs"], warmup=run["warmup"], **ends)
                 for epoch in range(len(case.expected[run["output"]]))
             ],
             dtype=torch.float64,
@@ -230,13 +242,15 @@ def expect_names(case: Case) -> None:
 def names(case: Case) -> dict[str, Tensor]:
     expect_names(case)
     dim, depth, classes = case.config["dim"], case.config["depth"], case.config["classes"]
+    heads = case.config.get("heads", 6)
+    decoder = {"decoder_depth": case.config.get("decoder_depth", 4), "decoder_heads": case.config.get("decoder_heads", heads)}
     with torch.device("meta"):
         models: dict[str, tuple[nn.Module, str]] = {
-            "pretrain": (PointCMAE(dim, depth), "two_branches"),
-            "partseg": (PartSegmenter(50, 16, dim, depth), "segmenter"),
+            "pretrain": (PointCMAE(dim, depth, heads, **decoder), "two_branches"),
+            "partseg": (PartSegmenter(case.config.get("parts", 50), 16, dim, depth, heads), "segmenter"),
         }
         for protocol in ("full", "mlp3", "linear"):
-            model = apply_protocol(PointClassifier(classes, head_of(protocol), dim, depth), protocol)
+            model = apply_protocol(PointClassifier(classes, head_of(protocol), dim, depth, heads), protocol)
             models[f"classifier_{protocol}"] = (model, "classifier")
     whole = models["pretrain"][0]
     checkpoint = {official: whole.state_dict()[name] for name, official in official_names(whole, "two_branches").items()}

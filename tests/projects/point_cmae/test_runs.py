@@ -109,6 +109,23 @@ def test_epochs_asked_for_are_kept_and_started_from(tmp_path: Path) -> None:
     assert lines(recipe.folder)[0]["lr"] == pytest.approx(1e-6)  # the first step of the warm-up
 
 
+def test_an_epoch_that_was_not_kept_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"start_epoch=250: shapenet55-mae.yaml keeps epochs \[275\]"):
+        pretrain.pretrained("shapenet55-mae", epoch=250, seed=0, data_root=None, out="runs")
+
+
+def test_every_recipe_is_a_row_or_what_one_starts_from_or_is_named_by_the_readme() -> None:
+    content = results.tables("point_cmae")
+    used = {row["recipe"] for row in content["rows"] + content["demo"]["rows"] if row.get("recipe")}
+    for row in sorted(used):
+        text = (RECIPES.parent / row).read_text()
+        if "# script: finetune" in text or "# script: segment" in text:
+            kind = finetune.Recipe if "# script: finetune" in text else segment.Recipe
+            used.add(f"recipes/{read(kind, RECIPES.parent / row).start}.yaml")
+    readme = (RECIPES.parent / "README.md").read_text()
+    assert not [path.name for path in RECIPES.glob("*.yaml") if f"recipes/{path.name}" not in used and path.stem not in readme]
+
+
 @pytest.mark.parametrize("style", ["moco", "byol"])
 def test_class_contrast_trains_and_leaves_the_students_weights(tmp_path: Path, style: Any) -> None:
     base = tiny(tmp_path, name=style)
@@ -133,6 +150,8 @@ def test_a_row_trains_probes_compares_draws_and_records(tmp_path: Path, records:
     assert {what for what, _ in rows} == {"full", *recipe.compare}
     assert ("one-branch", "SVM accuracy (%)") in rows
     assert {record["extra"]["features"] for record in told if record["extra"]["row"] == "one-branch"} == {"mean_max"}
+    assert ("one-branch", "cosine, held-out") not in rows  # it has one feature a token
+    assert {record["extra"]["pre_training"] for record in told if record["extra"]["row"] in ("untrained", "moments")} == {"none"}
     assert all(len(record["values"]) == 2 for record in told)
     assert (records / "reconstruction.png").stat().st_size > 10_000
     before = (tmp_path / "runs/demo/seed-0/metrics.jsonl").read_text()
@@ -147,7 +166,7 @@ def tuned(out: Path, **changes: Any) -> finetune.Recipe:
     return replace(base, **({**ONE, "model": replace(base.model, **SIZE), "votes": 2} | changes))
 
 
-def test_fine_tuning_keeps_the_best_epoch_votes_and_resumes_with_it(tmp_path: Path, records: Path) -> None:
+def test_fine_tuning_keeps_the_best_epoch_and_votes_with_it(tmp_path: Path, records: Path) -> None:
     recipe = tuned(tmp_path / "runs", training=Training(epochs=3, log_every=1))
     path = finetune.main(recipe)
     assert path is not None
@@ -161,6 +180,35 @@ def test_fine_tuning_keeps_the_best_epoch_votes_and_resumes_with_it(tmp_path: Pa
     votes = json.loads((recipe.folder / "score.json").read_text())["votes"]
     assert len(votes) == 2
     assert {json.loads(file.read_text())["metric"] for file in records.glob("*.json")} == {"accuracy (%)", "accuracy, voting (%)"}
+    early = replace(recipe, start_epoch=250, votes=0, training=Training(epochs=1, log_every=1))
+    path = finetune.main(early)  # a row and a run folder of its own
+    assert path is not None
+    assert json.loads(path.read_text())["metric"] == "accuracy (%), from epoch 250"
+    assert (early.folder / "score.json").is_file()
+    assert early.folder != recipe.folder
+
+
+def test_a_stopped_fine_tuning_goes_on_and_keeps_its_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tuned(tmp_path / "a", training=Training(epochs=3, log_every=1), votes=0)
+    whole = finetune.run(recipe)
+    forward, calls = PointClassifier.forward, []
+
+    def failing(self: PointClassifier, points: Tensor) -> Tensor:
+        calls.extend([0] * self.training)
+        if self.training and len(calls) == 8:  # in the third epoch of three steps each
+            raise KeyboardInterrupt
+        return forward(self, points)
+
+    monkeypatch.setattr(PointClassifier, "forward", failing)
+    stopped = replace(recipe, out=str(tmp_path / "b"))
+    with pytest.raises(KeyboardInterrupt):
+        finetune.run(stopped)
+    again = finetune.run(stopped)
+    assert len(calls) == 8 + 3
+    assert {name: again[name] for name in ("best", "epoch", "last")} == {name: whole[name] for name in ("best", "epoch", "last")}
+    one, two = (load_model(PointClassifier, of.folder / "best").state_dict() for of in (recipe, stopped))
+    for name, value in one.items():
+        assert torch.equal(value, two[name]), name
 
 
 @pytest.mark.parametrize("protocol", ["linear", "mlp3", "frozen_linear"])
@@ -206,7 +254,7 @@ def test_few_shot_runs_a_fold_with_the_larger_head(tmp_path: Path, records: Path
     recipe = tuned(tmp_path / "runs", way=5, shot=10, folds=[0], classes=40, batch=32, votes=0, data_root=str(tmp_path))
     made = finetune.main(replace(recipe, data="modelnet40"))
     assert made is not None
-    assert json.loads(made.read_text())["data"]["name"].endswith("5-way 10-shot, fold 0")
+    assert json.loads(made.read_text())["data"]["name"].endswith("5-way 10-shot")
     assert load_model(PointClassifier, recipe.folder).classes == 40
     assert lines(recipe.folder)[-1]["step"] == 2  # 50 samples, 32 a step: one step an epoch
 
