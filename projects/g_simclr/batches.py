@@ -98,9 +98,9 @@ def compose(labels: Tensor, batch: int, mode: Mode, generator: torch.Generator |
     Raises:
         ValueError: fewer images than a batch holds, or (strict) fewer clusters.
     """
-    count = len(labels) // batch
     if batch < 2:
         raise ValueError(f"batch={batch}: expected at least 2 images, one has no negatives")
+    count = len(labels) // batch
     if count < 1:
         raise ValueError(f"{len(labels)} images cannot fill one batch of {batch}; use a smaller batch")
     generator = torch.Generator().manual_seed(0) if generator is None else generator

@@ -45,10 +45,15 @@ class Classifier(nn.Module):
             frozen_statistics(self)
         return self
 
-    def forward(self, images: Tensor, labels: Tensor | None = None) -> Classified:
-        """Images (B, C, H, W) in 0..1, labels (B,); without labels loss and accuracy are NaN."""
-        logits = self.linear(pooled(self.norm(self.encoder(images.contiguous(memory_format=torch.channels_last)))))
-        if labels is None:
-            nothing = logits.new_tensor(float("nan"))
-            return Classified(nothing, nothing, logits)
+    def forward(self, images: Tensor, labels: Tensor) -> Classified:
+        """Images (B, C, H, W) in 0..1, labels (B,)."""
+        logits = self.logits(images)
         return Classified(F.cross_entropy(logits, labels), (logits.argmax(1) == labels).float().mean(), logits)
+
+    def features(self, images: Tensor) -> Tensor:
+        """What the dense layer sees: (B, C, H, W) -> (B, dim)."""
+        return pooled(self.norm(self.encoder(images.contiguous(memory_format=torch.channels_last))))
+
+    def logits(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, classes); evaluation calls it, as mixed precision wraps `forward` alone."""
+        return self.linear(self.features(images))

@@ -68,8 +68,8 @@ class Images(Dataset[Tensor]):
         """Bytes as floats in 0..1."""
         return pixels.float() / self.full
 
-    def batches(self, size: int = 512) -> Iterator[Tensor]:
-        """All images in order, as floats."""
+    def batches(self, size: int = 128) -> Iterator[Tensor]:
+        """All images in order, as floats; small enough parts for a processor's cache."""
         return (self.floats(part) for part in self.pixels.split(size))
 
     def part(self, numbers: Tensor) -> Images:
@@ -121,13 +121,18 @@ def load(name: str, *, data_root: str | None = None, image_size: int | None = No
         )
         parts[part] = _prepared(f"{name} {part}", source, image_size, cache)
     train, test = parts["train"], parts["test"]
-    if train.labels is not None and test.labels is not None and train.classes != test.classes:
+    if train.labels is not None and test.labels is not None and train.classes[: len(test.classes)] != test.classes:
         raise ValueError(
             f"{name}: expected the same classes in both splits, found {train.classes[:8]} in train and {test.classes[:8]} in test"
         )
-    both = len(np.intersect1d(*(np.unique(_keys(images.digests)) for images in (train, test))))
+    for part, images in parts.items():
+        if twice := len(images) - len(np.unique(_keys(images.digests))):
+            warnings.warn(f"{name}: {twice} images of the {part} split repeat another one of it", stacklevel=2)
+    both = len(np.intersect1d(_keys(train.digests), _keys(test.digests)))
     if both:
         warnings.warn(f"{name}: {both} images stand in the training and in the test split", stacklevel=2)
+    if train.labels is not None and (absent := sorted(set(range(len(train.classes))) - set(train.labels.tolist()))):
+        warnings.warn(f"{name}: no training image of {', '.join(train.classes[c] for c in absent)}", stacklevel=2)
     return Splits(train, test)
 
 
@@ -219,11 +224,13 @@ def read_parquet(path: Path, image_size: int | None = None, cache: Path | None =
     pixels = _stacked([decode(content, f"{path}, row {i}", image_size) for i, content in enumerate(contents)], str(path))
     labels, classes = None, []
     if "label" in rows.column_names:
-        labels = torch.tensor(rows["label"], dtype=torch.int64)
+        given = list(rows["label"])
         named = getattr(rows.features["label"], "names", None)
-        if int(labels.min()) < 0:
-            raise ValueError(f"{path}: expected labels from 0 on, found {int(labels.min())}")
-        classes = list(named) if named else [str(i) for i in range(int(labels.max()) + 1)]
+        wrong = next((i for i, label in enumerate(given) if not isinstance(label, int) or label < 0), None)
+        if wrong is not None:
+            raise ValueError(f"{path}: row {wrong}: expected a class number from 0 on, found {given[wrong]!r}")
+        labels = torch.tensor(given)
+        classes = list(named) if named else [str(i) for i in range(max(given) + 1)]
     return Images(path.stem, pixels, labels, classes, _digests(contents), checksum(path))
 
 
@@ -248,9 +255,7 @@ def read_folder(folder: Path, image_size: int | None = None) -> Images:
         classes = [] if "" in of else sorted(set(of))
     labels = torch.tensor([classes.index(name) for name in of]) if classes else None
     pixels = _stacked([decode(path.read_bytes(), str(path), image_size) for path in found], str(folder))
-    # the order of the images is that of their names, so the names belong to what identifies them
-    digests = _digests(str(path.relative_to(folder)).encode() + path.read_bytes() for path in found)
-    return Images(folder.name, pixels, labels, classes, digests, checksum(found))
+    return Images(folder.name, pixels, labels, classes, _digests(path.read_bytes() for path in found), checksum(found))
 
 
 def _python_cifar(name: str, folder: Path, image_size: int | None) -> Splits:
@@ -261,7 +266,12 @@ def _python_cifar(name: str, folder: Path, image_size: int | None) -> Splits:
     sha256 = checksum(folder / "cifar-10-batches-py")
     parts = []
     for train in (True, False):
-        data = CIFAR10(str(folder), train=train)
+        try:
+            data = CIFAR10(str(folder), train=train)
+        except Exception as err:  # a missing or altered file, a pickle cut short
+            raise ValueError(
+                f"{folder / 'cifar-10-batches-py'}: expected CIFAR-10's Python version, found other files ({err}); unpack the archive again"
+            ) from err
         pixels = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
         parts.append(Images(name, pixels, torch.tensor(data.targets), data.classes, _digests(map(_bytes, pixels)), sha256))
     return Splits(*parts)

@@ -48,7 +48,7 @@ class SameConv(nn.Conv2d):
 
 
 class CifarBlock(nn.Module):
-    """Bottleneck of the paper's CIFAR network; the shortcut has no batch norm, the stride sits in the 3 x 3 convolution (Sec. 3.6 of the code)."""
+    """Bottleneck of the paper's CIFAR network; the shortcut has no batch norm, the stride sits in the 3 x 3 convolution."""
 
     def __init__(self, before: int, width: int, expansion: int, stride: int, project: bool, eps: float, momentum: float) -> None:
         super().__init__()

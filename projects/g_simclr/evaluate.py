@@ -1,7 +1,8 @@
 """Obtain a row: for every seed and composition of batches train what is missing, probe the frozen network, save the records, print them.
 
 `python -m projects.g_simclr.evaluate --config projects/g_simclr/recipes/cifar10.yaml --data-root D`; fine-tuning: `projects.g_simclr.finetune`.
-Finished runs are kept (score.json in the run folder), so the same command goes on where it stopped.
+Finished runs are kept (score.json in the run folder), so the same command goes on where it stopped. `--weights FILE.h5 --arms '[reference]'`
+probes a checkpoint of the reference instead.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from projects.g_simclr.data import Images, Splits, load
 from projects.g_simclr.encoders import glorot_uniform
 from projects.g_simclr.model import PROBES, GSimCLR
 from projects.g_simclr.pretrain import Arm, Recipe, one_run, run_folder
+from projects.g_simclr.stopping import processes
+from projects.g_simclr.weights import load_reference
 
 FEW, DRAWS = 2, 5  # labels a class, and draws of them, of the few-label measure
 METRICS = {
@@ -134,7 +137,12 @@ def probe(model: GSimCLR, splits: Splits, recipe: Recipe) -> dict[str, float]:
 
 
 def score(recipe: Recipe, splits: Splits) -> dict[str, Any]:
-    """Train and probe one seed and composition, or read what an earlier call found."""
+    """Train and probe one seed and composition, or read what an earlier call found: values by measure, seconds, and more for the record."""
+    if recipe.weights is not None:
+        began = time.monotonic()
+        model = pretrain.build(recipe, splits.train.pixels.shape[1]).to(processes().device)
+        load_reference(model, recipe.weights)
+        return {"values": probe(model, splits, recipe), "seconds": round(time.monotonic() - began, 1)}
     check_recipe(run_folder(recipe), to_yaml(one_run(recipe, recipe.seed, recipe.batches)))
     kept = run_folder(recipe) / "score.json"
     wanted = json.loads(json.dumps({"protocol": recipe.protocol, **vars(recipe.probe)}))
@@ -144,10 +152,9 @@ def score(recipe: Recipe, splits: Splits) -> dict[str, Any]:
     began = time.monotonic()
     lines = [json.loads(line) for line in (run_folder(recipe) / "metrics.jsonl").read_text().splitlines()]
     epochs = [line for line in lines if "images_used" in line]
-    found = {"values": probe(model, splits, recipe), "probe": wanted, "loss": lines[-1]["loss"]}
+    found = {"values": probe(model, splits, recipe), "probe": wanted, "loss": lines[-1]["loss"], "images_used": epochs[-1]["images_used"]}
     if "false_negatives" in epochs[-1]:
         found["values"]["false_negatives"] = 100 * sum(line["false_negatives"] for line in epochs) / len(epochs)
-    found["images_used"] = epochs[-1]["images_used"]
     found["seconds"] = round(lines[-1]["seconds"] + time.monotonic() - began, 1)
     if is_main():
         write_text(kept, json.dumps(found))
@@ -170,26 +177,30 @@ def main(recipe: Recipe) -> list[Path]:
     scores: dict[Arm, dict[int, dict[str, Any]]] = {arm: {} for arm in recipe.arms}
     for seed in recipe.seeds:
         for arm in recipe.arms:
-            run = replace(one_run(recipe, seed, arm), probe=recipe.probe)
+            run = replace(one_run(recipe, seed, arm), probe=recipe.probe, weights=recipe.weights)
             scores[arm][seed] = score(run, splits)
             shown = ", ".join(f"{name} {value:.2f}" for name, value in scores[arm][seed]["values"].items())
             print(f"{recipe.name}: seed {seed}, {label(arm)}: {shown} ({scores[arm][seed]['seconds']:.0f} s)", flush=True)
     if not is_main():
         return []
     paths = [path for arm in recipe.arms for path in save(recipe, arm, scores[arm], splits)]
-    if recipe.data == "digits":
+    if guided(recipe):
         pictures(recipe, splits)
     return paths
 
 
+def guided(recipe: Recipe) -> list[Arm]:
+    """The recipe's arms that are trained here on batches chosen by pseudo-labels."""
+    return [arm for arm in recipe.arms if arm not in ("random", "oracle")] if recipe.weights is None else []
+
+
 def same_cluster_pairs(recipe: Recipe, arm: Arm, splits: Splits) -> list[float]:
     """Mean pairs of one pseudo-label in a batch of the first epoch, by seed; also of arms that pseudo-labels do not guide, empty if none does."""
-    guided = [name for name in recipe.arms if name not in ("random", "oracle")]
-    out = []
-    for seed in recipe.seeds if guided else []:
+    out, by = [], guided(recipe)
+    for seed in recipe.seeds if by else []:
         run = one_run(recipe, seed, arm)
         made = pretrain.batch_sampler(run, pretrain.cluster_numbers(run, splits)).compose(0)
-        out.append(account(made, pretrain.cluster_numbers(one_run(recipe, seed, guided[0]), splits)).same_cluster_pairs)
+        out.append(account(made, pretrain.cluster_numbers(one_run(recipe, seed, by[0]), splits)).same_cluster_pairs)
     return out
 
 
@@ -204,39 +215,38 @@ def save(recipe: Recipe, arm: Arm, scores: dict[int, dict[str, Any]], splits: Sp
             metric=METRICS[kind],
             values=values,
             seeds=list(scores),
-            weights="trained here",
+            weights="trained here" if recipe.weights is None else "official, converted",
             data={"name": recipe.data, "split": "test", "sha256": f"train {splits.train.sha256}, test {splits.test.sha256}"},
             hours=sum(s["seconds"] for s in scores.values()) / 3600,
             extra={
                 "row": f"{label(arm)}{f' {place}' if place else ''}",
                 "protocol": f"stopped on {'test' if recipe.protocol == 'reference' else 'held-out training'} images",
-                "loss": [s["loss"] for s in scores.values()],
+                "loss": [s.get("loss") for s in scores.values()],
                 "same_cluster_pairs": pairs,
-                "images_used": [s["images_used"] for s in scores.values()],
+                "images_used": [s.get("images_used") for s in scores.values()],
             },
         )
-        paths.append(save_record("g_simclr", record, demo=recipe.data == "digits"))
+        paths.append(save_record("g_simclr", record, demo=recipe.name == "demo"))
         print(f"{recipe.name}, {record.extra['row']}: {summarise(values)} {record.metric}", flush=True)
     return paths
 
 
 def pictures(recipe: Recipe, splits: Splits) -> None:
-    """report/demo/g_simclr: images of eight clusters, and how same-cluster pairs and wrong negatives spread over the batches of an epoch."""
+    """Images of eight clusters, and how same-cluster pairs and wrong negatives spread over the batches of an epoch."""
     import matplotlib.pyplot as plt
 
-    guided = one_run(recipe, recipe.seeds[0], "balanced")
-    numbers = pretrain.cluster_numbers(guided, splits)
+    numbers = pretrain.cluster_numbers(one_run(recipe, recipe.seeds[0], "balanced"), splits)
     largest = numbers.bincount().argsort(descending=True)[:8]
     rows = []
     for number in largest:
         members = splits.train.pixels[(numbers == number).nonzero().flatten()[:20]]
         members = F.pad(members, (1, 1, 1, 1, 0, 0, 0, 20 - len(members)))  # a border, and nothing where a cluster has fewer images
-        rows.append(members.permute(2, 0, 3, 1).flatten(1, 2))
+        rows.append(members.permute(2, 0, 3, 1).flatten(1, 2))  # (H, 20 W, C)
     figure, axis = plt.subplots(figsize=(8, 3.6), layout="constrained")
     axis.imshow(torch.cat(rows).squeeze(2), cmap="gray_r")
     axis.set(xticks=[], yticks=[])
     figure.suptitle(f"{splits.train.name}: images of the eight largest of {recipe.clusters} clusters, one a row")
-    figure.savefig(picture_path("g_simclr", "clusters"), dpi=110)
+    figure.savefig(picture_path("g_simclr", f"{recipe.name}_clusters", demo=recipe.name == "demo"), dpi=110)
     plt.close(figure)
 
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
@@ -254,7 +264,7 @@ def pictures(recipe: Recipe, splits: Splits) -> None:
     figure.suptitle(
         f"{recipe.clusters} clusters, batches of {recipe.batch_size}; wrong negatives of random batches {100 * account(arms['random'], numbers, splits.train.known()).false_negatives:.1f} %"
     )
-    figure.savefig(picture_path("g_simclr", "batches"), dpi=110)
+    figure.savefig(picture_path("g_simclr", f"{recipe.name}_batches", demo=recipe.name == "demo"), dpi=110)
     plt.close(figure)
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jsonargparse.typing import NonNegativeInt, OpenUnitInterval, PositiveFloat, PositiveInt
@@ -26,7 +27,7 @@ from common.results import Record, save_record
 from projects.g_simclr import pretrain
 from projects.g_simclr.classifier import Classifier
 from projects.g_simclr.data import Images, Splits, load
-from projects.g_simclr.encoders import Name, build, pooled
+from projects.g_simclr.encoders import Name, build
 from projects.g_simclr.evaluate import METRICS, is_main, label, linear_probe
 from projects.g_simclr.pretrain import Arm
 from projects.g_simclr.stopping import fit_until_flat
@@ -72,7 +73,7 @@ class Recipe:
     """A batch norm and a ReLU before the mean (CIFAR-10's baseline)."""
     width: PositiveInt = 64
     """Of resnet18 and resnet50."""
-    protocol: str = "validation"
+    protocol: Literal["validation", "reference"] = "validation"
     """validation or reference, as in pre-training; a start brings its own."""
     seeds: list[NonNegativeInt] = field(default_factory=lambda: [0, 1, 2])
     """Seeds of a row."""
@@ -113,7 +114,7 @@ def subset(images: Images, share: float, seed: int, replacement: bool = False) -
 
 
 @torch.no_grad()
-def _over(images: Images, function: Any, device: torch.device) -> Tensor:
+def _over(images: Images, function: Callable[[Tensor], Tensor], device: torch.device) -> Tensor:
     return torch.cat([function(part.to(device)) for part in images.batches()])
 
 
@@ -121,7 +122,7 @@ def train_head(model: Classifier, train: Images, held_out: Images, recipe: Recip
     """Stage 1: the classifier on frozen features, which are computed once."""
     device = next(model.parameters()).device
     model.eval()
-    given = [(_over(part, lambda x: pooled(model.norm(model.encoder(x))), device), part.known().to(device)) for part in (train, held_out)]
+    given = [(_over(part, model.features, device), part.known().to(device)) for part in (train, held_out)]
     found = linear_probe(
         *given,
         given[1],
@@ -135,17 +136,20 @@ def train_head(model: Classifier, train: Images, held_out: Images, recipe: Recip
     model.linear.load_state_dict(found.head.state_dict())
 
 
-def train_all(model: Classifier, train: Images, held_out: Images, recipe: Recipe, folder: Path) -> nn.Module:
+def train_all(model: Classifier, train: Images, held_out: Images, recipe: Recipe, folder: Path) -> Classifier:
     """Stage 2, or the baseline: every weight, until the held-out loss no longer falls."""
-    loader = DataLoader(Labelled(train), batch_size=recipe.batch_size, shuffle=True)
+    # a last batch of one image has no batch statistics where the feature map is 1 x 1
+    loader = DataLoader(
+        Labelled(train), batch_size=recipe.batch_size, shuffle=True, drop_last=len(train) % recipe.batch_size == 1 < len(train)
+    )
     truth = held_out.known()
 
     def loss(net: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         out = net(train.floats(batch[0]), batch[1])
         return {"loss": mean_over_processes(out.loss * len(batch[1]), len(batch[1])), "accuracy": out.accuracy}
 
-    def validation(net: nn.Module) -> dict[str, float]:
-        logits = _over(held_out, lambda x: net(x).logits, next(net.parameters()).device).cpu()
+    def validation(net: Classifier) -> dict[str, float]:
+        logits = _over(held_out, net.logits, next(net.parameters()).device).cpu()
         return {
             "validation_loss": float(nn.functional.cross_entropy(logits, truth)),
             "validation_accuracy": accuracy(truth, logits.argmax(1)),
@@ -167,27 +171,27 @@ def started(recipe: Recipe) -> pretrain.Recipe | None:
 
 
 def score(recipe: Recipe, splits: Splits, protocol: str) -> dict[str, Any]:
-    """Train one seed of one arm, or read what an earlier call found; test accuracy in per cent."""
+    """Train one seed of one arm, or read what an earlier call found: test accuracy in per cent, seconds without pre-training."""
     recipe = replace(recipe, seeds=[recipe.seed])
     arm = recipe.arms[0] if recipe.start != "none" else "supervised"
     folder = Path(recipe.out) / recipe.name / arm / f"seed-{recipe.seed}"
     check_recipe(folder, to_yaml(recipe))
     if (kept := folder / "score.json").is_file():
         return json.loads(kept.read_text())
-    began = time.monotonic()
     train, held_out = (splits.train, splits.test) if protocol == "reference" else splits.held_out()
     source = started(recipe)
-    if source is None:
+    pretrained = None if source is None else pretrain.main(source, splits).encoder
+    began = time.monotonic()
+    if pretrained is None:
         seed_everything(recipe.seed)
         encoder = build(recipe.encoder, channels=train.pixels.shape[1], blocks=recipe.blocks, width=recipe.width)
         model = Classifier(encoder, len(train.classes), last_norm=recipe.last_norm)
     else:
-        encoder = pretrain.main(source, splits).encoder
         train = subset(train, recipe.share, recipe.seed, recipe.replacement)
-        model = Classifier(encoder, len(train.classes), frozen=True).to(next(encoder.parameters()).device)
+        model = Classifier(pretrained, len(train.classes), frozen=True).to(next(pretrained.parameters()).device)
         train_head(model, train, held_out, recipe)
     model = train_all(model, train, held_out, recipe, folder).eval()
-    logits = _over(splits.test, lambda x: model(x).logits, next(model.parameters()).device).cpu()
+    logits = _over(splits.test, model.logits, next(model.parameters()).device).cpu()
     found = {"value": 100 * accuracy(splits.test.known(), logits.argmax(1)), "seconds": round(time.monotonic() - began, 1)}
     if is_main():
         write_text(kept, json.dumps(found))
@@ -221,7 +225,7 @@ def main(recipe: Recipe) -> list[Path]:
                 "protocol": f"stopped on {'test' if protocol == 'reference' else 'held-out training'} images",
             },
         )
-        paths.append(save_record("g_simclr", record, demo=data == "digits"))
+        paths.append(save_record("g_simclr", record))
     return paths
 
 

@@ -112,6 +112,8 @@ class Recipe:
     """Compositions of batches that evaluate.py compares, everything else equal."""
     seeds: list[NonNegativeInt] = field(default_factory=lambda: [0, 1, 2])
     """Seeds of a row."""
+    weights: str | None = None
+    """A checkpoint of the reference (.h5) that evaluate.py probes in place of training; give the one arm that it belongs to."""
     seed: NonNegativeInt = 0
     """Of one run."""
     data_root: str | None = None
@@ -128,6 +130,8 @@ class Recipe:
             raise ValueError(f"autoencoder.kernel={self.autoencoder.kernel}: expected an odd number")
         if len(self.head) < 2:
             raise ValueError(f"head={self.head}: expected two layers at least")
+        if self.weights is not None and len(self.arms) != 1:
+            raise ValueError(f"weights={self.weights}: expected the one arm that they belong to, found arms={self.arms}")
         if "strict" in (self.batches, *self.arms) and self.clusters < self.batch_size:
             raise ValueError(
                 f"strict batches of {self.batch_size} need at least {self.batch_size} clusters; got {self.clusters}. Use --clusters 4x the batch or --batches balanced"
@@ -136,7 +140,7 @@ class Recipe:
 
 def one_run(recipe: Recipe, seed: int, arm: Arm) -> Recipe:
     """The recipe of one training: the row that it belongs to, and how it is probed, do not matter to it."""
-    return replace(recipe, seed=seed, batches=arm, seeds=[seed], arms=[arm], probe=Probe())
+    return replace(recipe, seed=seed, batches=arm, seeds=[seed], arms=[arm], probe=Probe(), weights=None)
 
 
 def run_folder(recipe: Recipe) -> Path:
@@ -161,6 +165,27 @@ def cluster_numbers(recipe: Recipe, splits: Splits) -> Tensor:
     return pseudo_labels(stage, recipe.clusters, recipe.cluster_seed, splits, folder)
 
 
+def check(recipe: Recipe, images: Images) -> None:
+    """Refuse what cannot work before anything is trained.
+
+    Raises:
+        ValueError: fewer images than a batch or than clusters, a batch that the processes cannot share, colour steps without colours.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if len(images) < recipe.batch_size:
+        raise ValueError(f"{images.name}: {len(images)} images cannot fill one batch of {recipe.batch_size}; use a smaller batch_size")
+    if recipe.batch_size % processes:
+        raise ValueError(f"batch_size={recipe.batch_size} on {processes} processes: expected a multiple of the number of processes")
+    if recipe.batches not in ("random", "oracle") and recipe.clusters > len(images):
+        raise ValueError(
+            f"k-means: expected at most as many clusters as images, found {recipe.clusters} for {len(images)}; use fewer --clusters"
+        )
+    if recipe.augmentation.colours and images.pixels.shape[1] != 3:
+        raise ValueError(
+            f"{images.name}: {images.pixels.shape[1]} channel(s), colour jitter and colour drop need 3; set augmentation.jitter and augmentation.grey to 0"
+        )
+
+
 class TwoViews:
     """Collates images (bytes) into two random views; workers run it, seeded by the engine."""
 
@@ -176,8 +201,6 @@ def batch_sampler(recipe: Recipe, numbers: Tensor) -> GuidedBatches:
     """The sampler for as many processes as run; the rule holds where negatives come from."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     mode = "balanced" if recipe.batches == "oracle" else recipe.batches
-    if recipe.batch_size % processes:
-        raise ValueError(f"batch_size={recipe.batch_size} on {processes} processes: expected a multiple of the number of processes")
     together = recipe.negatives == "global"
     size = recipe.batch_size if together else recipe.batch_size // processes
     return GuidedBatches(numbers, size, mode, seed=recipe.seed, processes=processes if together else 1, reshuffle=recipe.reshuffle_batches)
@@ -208,10 +231,7 @@ def main(recipe: Recipe, splits: Splits | None = None) -> GSimCLR:
     recipe = one_run(recipe, recipe.seed, recipe.batches)
     splits = splits or load(recipe.data, data_root=recipe.data_root, image_size=recipe.image_size, cache=recipe.cache)
     images = splits.train
-    if recipe.augmentation.colours and images.pixels.shape[1] != 3:
-        raise ValueError(
-            f"{images.name}: {images.pixels.shape[1]} channel(s), colour jitter and colour drop need 3; set augmentation.jitter and augmentation.grey to 0"
-        )
+    check(recipe, images)
     numbers = cluster_numbers(recipe, splits)
     sampler = batch_sampler(recipe, numbers)
     in_workers = recipe.augment_on == "workers"

@@ -100,12 +100,13 @@ def embed(model: DenoisingAutoencoder, images: Images) -> Tensor:
     """
     device = next(model.parameters()).device
     vectors = torch.cat([model.eval().embed(part.to(device)) for part in images.batches()])
-    if not vectors.isfinite().all():
+    finite = bool(vectors.isfinite().all())
+    if not finite or (len(vectors) > 1 and float(vectors.std(0).max()) == 0):
+        loss = float(model(next(images.batches()).to(device)).loss)
+        found = "the same one for all images" if finite else "NaN or infinity"
         raise ValueError(
-            "autoencoder embeddings: expected finite values, found NaN or infinity; the autoencoder diverged, lower autoencoder.lr"
+            f"autoencoder embeddings: expected finite ones that differ, found {found}; the autoencoder diverged (loss {loss:.4g}), lower autoencoder.lr"
         )
-    if len(vectors) > 1 and float(vectors.std(0).max()) == 0:
-        raise ValueError("autoencoder embeddings: all images have the same one; the autoencoder collapsed, see its loss in metrics.jsonl")
     return vectors
 
 

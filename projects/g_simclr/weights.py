@@ -38,17 +38,9 @@ def names(model: nn.Module) -> dict[str, str]:
     found: dict[str, list[str]] = {"conv": [], "bn": [], "dense": []}
     keras = any(isinstance(module, KerasResNet50) for module in model.modules())
     for name, module in model.named_modules():
-        kind = (
-            "conv"
-            if isinstance(module, nn.Conv2d)
-            else "bn"
-            if isinstance(module, nn.BatchNorm2d)
-            else "dense"
-            if isinstance(module, nn.Linear)
-            else ""
-        )
-        if kind:
-            found[kind].append(name)
+        for kind, layer in (("conv", nn.Conv2d), ("bn", nn.BatchNorm2d), ("dense", nn.Linear)):
+            if isinstance(module, layer):
+                found[kind].append(name)
     out = {f"{kind}.{i}": name for kind, listed in found.items() for i, name in enumerate(listed) if not (keras and kind != "dense")}
     if keras:
         for kind in ("conv", "bn"):
@@ -96,7 +88,7 @@ def canonical(arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
         layer, _, part = name.rpartition("/")
         part = _PART.get(part.removesuffix(":0"), "")
         known = re.fullmatch(r"(conv2d|batch_normalization|dense)(?:_(\d+))?", layer)
-        if not part or not (known or re.fullmatch(r"conv\d(_block\d+_\d)?_(conv|bn)|auto_output|retrieval", layer)):
+        if not part or not (known or re.fullmatch(r"conv\d(_block\d+_\d)?_(conv|bn)|auto_output", layer)):
             raise ValueError(
                 f"layer {name}: expected conv2d, batch_normalization, dense or Keras' ResNet-50 names; is it a file of the reference?"
             )
@@ -108,8 +100,7 @@ def canonical(arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
     for kind, number, part, array in parsed:
         if kind == "auto_output":  # the last convolution of the shallow autoencoder has a name of its own
-            kind, index = "conv", len(place["conv"])
-            layer = f"{kind}.{index}"
+            layer = f"conv.{len(place['conv'])}"
         else:
             layer = kind if number is None else f"{kind}.{place[kind][number]}"
         if part == "weight" and array.ndim == 4:

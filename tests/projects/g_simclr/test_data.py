@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from projects.g_simclr import data
+from common import results
+from projects.g_simclr import data, evaluate, pretrain
 from projects.g_simclr.autoencoder import DenoisingAutoencoder
 from projects.g_simclr.data import decode, digits, load, read_folder, read_parquet
 from projects.g_simclr.encoders import CifarResNet, KerasResNet50
@@ -112,6 +115,9 @@ def test_the_python_version_of_cifar10_is_read_where_it_lies(tmp_path: Path, mon
     assert (found.train.pixels.shape, found.test.known().tolist()) == ((10, 3, 32, 32), [5, 4])
     with pytest.raises(ValueError, match="found image_size=16"):
         load("cifar10", data_root=str(tmp_path), image_size=16)
+    (folder / "data_batch_3").write_bytes(b"cut short")
+    with pytest.raises(ValueError, match="expected CIFAR-10's Python version, found other files"):
+        load("cifar10", data_root=str(tmp_path))
 
 
 @pytest.mark.parametrize(("mode", "colour"), [("L", 90), ("CMYK", (0, 0, 0, 0)), ("RGBA", (9, 8, 7, 100))])
@@ -155,11 +161,33 @@ def test_bad_collections_are_named(tmp_path: Path) -> None:
         load("halves", data_root=str(tmp_path), cache=str(tmp_path))
 
 
-def test_an_image_in_both_splits_warns(tmp_path: Path) -> None:
+@pytest.mark.parametrize("label", [None, -1, 1.5])
+def test_labels_that_are_no_class_numbers_are_refused_by_row(tmp_path: Path, label: Any) -> None:
+    import datasets
+
+    rows = {"image": [encoded(), encoded()], "label": [0 if label is None else 0 * label, label]}
+    datasets.Dataset.from_dict(rows).to_parquet(str(tmp_path / "train.parquet"))
+    with pytest.raises(ValueError, match=r"train\.parquet: row \d: expected a class number from 0 on, found"):
+        read_parquet(tmp_path / "train.parquet", cache=tmp_path)
+
+
+def test_images_that_stand_twice_and_classes_without_images_warn(tmp_path: Path) -> None:
+    root = tmp_path / "twice"
+    write_folder(root / "train", ["cat_1.png", "dog_2.png"])
+    write_folder(root / "test", ["cat_7.png"])  # the same picture under another name
+    (root / "train" / "cat_3.png").write_bytes((root / "train" / "cat_1.png").read_bytes())
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        found = load("twice", data_root=str(tmp_path), cache=str(tmp_path / "cache"))
+    assert {str(warning.message) for warning in given} == {
+        "twice: 1 images of the train split repeat another one of it",
+        "twice: 1 images stand in the training and in the test split",
+    }
+    assert found.test.known().tolist() == [0]  # no dog among the test images, and no complaint
     for part in ("train", "test"):
-        write_parquet(tmp_path / "twice" / f"{part}.parquet", [encoded()], [0])
-    with pytest.warns(UserWarning, match="1 images stand in the training and in the test split"):
-        load("twice", data_root=str(tmp_path), cache=str(tmp_path))
+        write_parquet(tmp_path / "cats" / f"{part}.parquet", [encoded((len(part), 0, 0))], [0])
+    with pytest.warns(UserWarning, match="cats: no training image of dog"):
+        load("cats", data_root=str(tmp_path), cache=str(tmp_path / "cache"))
 
 
 def test_real_cifar10_is_what_its_readme_says(shared_data: Path, tmp_path: Path) -> None:
@@ -234,6 +262,26 @@ def test_the_autoencoders_last_layer_has_a_name_of_its_own(tmp_path: Path) -> No
     ours = DenoisingAutoencoder(widths=(4, 8))
     load_reference(ours, read_h5(write_h5(tmp_path / "autoencoder.h5", arrays, True)))
     assert torch.equal(ours.decoder[-1].weight, theirs.decoder[-1].weight)
+
+
+def test_a_checkpoint_of_the_reference_is_probed_and_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, place in (("ROOT", tmp_path), ("PROJECTS", tmp_path / "projects")):
+        monkeypatch.setattr(results, name, place)
+    torch.manual_seed(0)
+    theirs = GSimCLR(blocks=1)
+    path = write_h5(tmp_path / "gsimclr_cifar10.h5", keras_arrays(theirs), False)
+    pixels = torch.randint(256, (40, 3, 8, 8), dtype=torch.uint8)
+    images = data.Images("noise", pixels, torch.arange(40) % 2, ["a", "b"], torch.zeros(40, 16, dtype=torch.uint8), "none")
+    monkeypatch.setattr(evaluate, "load", lambda *_, **__: data.Splits(images, images))
+    monkeypatch.setattr(pretrain, "main", lambda *_: pytest.fail("trained"))
+    recipe = pretrain.Recipe(blocks=1, weights=str(path), arms=["reference"], seeds=[0], probe=pretrain.Probe(epochs=2))
+    found = [json.loads(record.read_text()) for record in evaluate.main(recipe)]
+    assert {record["extra"]["row"] for record in found} == {f"G-SimCLR, reference P{i}" for i in (1, 2, 3)}
+    assert {record["weights"] for record in found} == {"official, converted"}
+    ours = evaluate.features(theirs, images)
+    again = pretrain.build(recipe, 3)
+    load_reference(again, path)
+    torch.testing.assert_close(evaluate.features(again, images), ours)
 
 
 def test_foreign_files_are_refused(tmp_path: Path) -> None:

@@ -55,6 +55,14 @@ def test_views_pass_one_after_the_other_and_move_the_statistics_twice() -> None:
     assert int(norm.num_batches_tracked) == 2
 
 
+def test_both_memory_layouts_give_one_loss() -> None:
+    losses = []
+    for channels_last in (True, False):
+        torch.manual_seed(0)
+        losses.append(GSimCLR(blocks=2, channels_last=channels_last).train()(rand(8, 3, 32, 32), rand(8, 3, 32, 32, seed=1)).loss.detach())
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=0)
+
+
 def test_biases_that_batch_statistics_cancel_do_not_learn_and_others_do() -> None:
     model = GSimCLR(blocks=1)
     still = {name for name, p in model.named_parameters() if not p.requires_grad}
@@ -159,7 +167,9 @@ def test_each_step_of_a_view_does_what_it_says() -> None:
 def test_restarts_fall_on_the_papers_steps() -> None:
     rates = [warm_restarts(step, first=1000, peak=0.1) for step in (0, 500, 999, 1000, 2000, 3000, 7000)]
     assert rates == pytest.approx([0.1, 0.05, 2.467e-7, 0.1, 0.05, 0.1, 0.1], rel=1e-3)
-    assert warm_restarts(10, first=10, peak=1.0, decay=0.5, floor=0.1) == 0.5
+    # TensorFlow's formula: peak ((1 - floor) decay^i (1 + cos) / 2 + floor)
+    assert warm_restarts(10, first=10, peak=2.0, decay=0.5, floor=0.1) == pytest.approx(2 * (0.9 * 0.5 + 0.1))
+    assert warm_restarts(20, first=10, peak=2.0, decay=0.5, floor=0.1) == pytest.approx(2 * (0.9 * 0.5 * 0.5 + 0.1))
     assert warm_restarts(9_999_999, first=10, peak=1.0, floor=0.1) >= 0.1
 
 

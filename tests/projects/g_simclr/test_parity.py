@@ -14,7 +14,7 @@ from common.schedule import cosine
 from projects.g_simclr import augment, batches
 from projects.g_simclr.autoencoder import DEEP, SHALLOW, DenoisingAutoencoder
 from projects.g_simclr.classifier import Classifier
-from projects.g_simclr.encoders import CifarResNet, build
+from projects.g_simclr.encoders import build
 from projects.g_simclr.model import GSimCLR
 from projects.g_simclr.schedules import warm_restarts
 from projects.g_simclr.weights import load_reference, names
@@ -22,11 +22,14 @@ from tests.parity import Case, Runner, cases, check, fill
 
 
 def inputs(case: Case) -> dict[str, Tensor]:
-    """Inputs given as text: `[other +] [scale*]uniform|normal("name", [shape] | shape)`, clipped where the text says so."""
+    """Inputs, those given as text too: `[other +] [scale*]uniform|normal("name", [shape] | shape)`, clipped where the text says so."""
     out: dict[str, Tensor] = {}
-    for name, rule in case.raw["inputs"].items():
-        made = re.search(r'(?:(\w+) \+ )?(?:([\d.]+)\*)?(uniform|normal)\("(\w+)", (\[[\d, ]+\]|shape)\)', rule)
-        if made is None:
+    for name, rule in case.inputs.items():
+        if isinstance(rule, Tensor):
+            out[name] = rule
+            continue
+        made = re.search(r'(?:(\w+) \+ )?(?:([\d.e-]+) ?\* ?)?(uniform|normal)\("([^"]+)", (\[[\d, ]+\]|shape)\)', str(rule))
+        if made is None:  # words: labels, say
             continue
         other, scale, kind, key, shape = made.groups()
         size = next(iter(out.values())).shape if shape == "shape" else tuple(map(int, shape[1:-1].split(",")))
@@ -44,20 +47,23 @@ def with_momentum(model: nn.Module, case: Case) -> nn.Module:
     return model
 
 
-def gradient_norms(model: nn.Module) -> dict[str, Tensor]:
-    """L2 norms of all gradients under canonical names."""
-    gradients = {name: torch.zeros(1) if p.grad is None else p.grad for name, p in model.named_parameters()}
-    return {
-        f"gradnorm.{layer}.{part}": gradients[f"{ours}.{part}"].norm().view(1)
-        for layer, ours in names(model).items()
-        for part in ("weight", "bias")
-    }
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """All gradients under canonical names, and their L2 norms."""
+    found = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
+    out = {f"grad.{layer}.{part}": found[f"{ours}.{part}"] for layer, ours in names(model).items() for part in ("weight", "bias")}
+    return out | {name.replace("grad.", "gradnorm."): value.norm().view(1) for name, value in out.items()}
+
+
+def channels_of(case: Case) -> int:
+    return next(value for value in case.state.values() if value.ndim == 4).shape[1]
 
 
 def autoencoder_of(case: Case) -> DenoisingAutoencoder:
-    shape = DEEP if case.config["autoencoder"].startswith("deep") else SHALLOW
-    channels = case.state["conv.0.weight"].shape[1]
-    model = DenoisingAutoencoder(channels, **shape, noise=case.config["noise_stddev"])
+    kernels = [value.shape for name, value in case.state.items() if name.startswith("conv.") and value.ndim == 4]
+    shape = {"widths": [kernel[0] for kernel in kernels[: len(kernels) // 2]], "kernel": kernels[0][-1]}
+    known = {"shallow": SHALLOW, "deep": DEEP}.get(case.config["autoencoder"].split()[0])
+    assert known is None or known == {"widths": tuple(shape["widths"]), "kernel": shape["kernel"]}
+    model = DenoisingAutoencoder(channels_of(case), **shape, noise=case.config.get("noise_stddev", 0.01))
     load_reference(model, case.state)
     return with_momentum(model, case)
 
@@ -73,17 +79,23 @@ def autoencoder_loss(case: Case) -> dict[str, Tensor]:
     model, given = autoencoder_of(case).train(), inputs(case)
     out = model(given["x"], noise=given["noise"])
     out.loss.backward()
-    return {"loss": out.loss.view(1)} | gradient_norms(model)
+    return {"loss": out.loss.view(1)} | gradients(model)
+
+
+def is_keras(case: Case) -> bool:
+    return any(name.startswith("conv1_conv") for name in case.state)
+
+
+def blocks_of(case: Case) -> int:
+    return case.config.get("n") or case.config.get("blocks_per_group") or 4
 
 
 def network_of(case: Case, channels_last: bool = True) -> GSimCLR:
-    config = case.config
-    name = "keras-resnet50" if config["encoder"].startswith("Keras") else "cifar-resnet"
-    model = GSimCLR(
-        name, blocks=config.get("n", 4), head=config["head"], temperature=config.get("temperature", 0.1), channels_last=channels_last
-    )
+    name = "keras-resnet50" if is_keras(case) else "cifar-resnet"
+    head, temperature = case.config["head"], case.config.get("temperature", 0.1)
+    model = GSimCLR(name, channels_of(case), blocks_of(case), head=head, temperature=temperature, channels_last=channels_last)
     load_reference(model, case.state)
-    return with_momentum(model, case) if "bn_eps" in config else model
+    return with_momentum(model, case)
 
 
 def encoder(case: Case) -> dict[str, Tensor]:
@@ -94,27 +106,28 @@ def encoder(case: Case) -> dict[str, Tensor]:
 
 
 def pretrain_step(case: Case) -> dict[str, Tensor]:
-    # stated in words in the case: early gradients through batch statistics of a small batch are ill-conditioned
-    case.raw["tolerances"] = {key: 5e-3 for key in case.expected if key.startswith("gradnorm.")}
-    given, losses = inputs(case), []
-    for channels_last in (True, False):  # the fast layout sums batch statistics less exactly, so the other one is compared
-        model = network_of(case, channels_last).train()
-        out = model(given["xi"], given["xj"])
-        out.loss.backward()
-        losses.append(out.loss.detach())
-    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=0)
-    ours = names(model)
+    if told := re.search(r"gradnorm\.\*: ([\d.e-]+)", case.raw.get("tolerance_note", "")):  # stated in words in the case
+        case.raw["tolerances"] = {key: float(told[1]) for key in case.expected if key.startswith("grad")}
+    # channels-last kernels sum batch statistics less exactly, see test_model.py
+    model, given = network_of(case, channels_last=False).train(), inputs(case)
+    out = model(given["xi"], given["xj"])
+    out.loss.backward()
+    found = gradients(model)
+    lr = re.search(r"lr ([\d.e-]+)", case.config.get("optimiser", ""))
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=float(lr[1]) if lr else 0.1).step()
+    state = model.state_dict()
     after = {
-        f"{key}.{part}.after": model.state_dict()[f"{name}.{part}"]
-        for key, name in ours.items()
-        if key.startswith("bn")
-        for part in ("running_mean", "running_var")
+        f"{layer}.{part}.after": state[f"{ours}.{part}"]
+        for layer, ours in names(model).items()
+        for part in ("weight", "bias", "running_mean", "running_var")
+        if f"{ours}.{part}" in state
     }
-    return {"loss": out.loss.view(1)} | gradient_norms(model) | after
+    return {"loss": out.loss.view(1)} | found | after
 
 
 def classifier_of(case: Case, *, last_norm: bool, frozen: bool) -> Classifier:
-    model = Classifier(CifarResNet(case.config["n"]), case.config["classes"], last_norm=last_norm, frozen=frozen)
+    network = build("keras-resnet50" if is_keras(case) else "cifar-resnet", channels=channels_of(case), blocks=blocks_of(case))
+    model = Classifier(network, case.config["classes"], last_norm=last_norm and not is_keras(case), frozen=frozen)
     load_reference(model, case.state)
     return with_momentum(model, case)
 
@@ -125,17 +138,17 @@ def finetune_step(case: Case) -> dict[str, Tensor]:
     out = model(x, torch.arange(len(x)) % case.config["classes"])
     out.loss.backward()
     assert all(torch.equal(before[name], value) for name, value in model.named_buffers())
-    return {"probabilities": out.logits.softmax(1), "loss": out.loss.view(1)} | gradient_norms(model)
+    return {"probabilities": out.logits.softmax(1), "loss": out.loss.view(1)} | gradients(model)
 
 
 def supervised(case: Case) -> dict[str, Tensor]:
     model = classifier_of(case, last_norm=True, frozen=False).eval()
     with torch.no_grad():
-        return {"probabilities": model(inputs(case)["x"]).logits.softmax(1)}
+        return {"probabilities": model.logits(inputs(case)["x"]).softmax(1)}
 
 
 def nt_xent_runner(case: Case) -> dict[str, Tensor]:
-    given = {name: value.requires_grad_() for name, value in inputs(case).items()}
+    given = inputs(case)
     a, b = (given[name].detach().requires_grad_() for name in ("zi", "zj"))
     loss = nt_xent(unit(a), unit(b), 1 / case.config["temperature"])
     loss.backward()

@@ -148,8 +148,8 @@ def test_clusters_come_from_the_autoencoder_without_noise(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda m: m.encoder[0].weight.data.fill_(float("nan")), "the autoencoder diverged"),
-        (lambda m: [p.data.zero_() for p in m.parameters()], "all images have the same one"),
+        (lambda m: m.encoder[0].weight.data.fill_(float("nan")), r"found NaN or infinity; the autoencoder diverged \(loss nan\)"),
+        (lambda m: [p.data.zero_() for p in m.parameters()], r"found the same one for all images; .* \(loss 0\.\d+\)"),
     ],
 )
 def test_spoilt_embeddings_are_named(spoil: Any, message: str) -> None:
@@ -233,7 +233,7 @@ def test_a_row_trains_probes_compares_and_records(tmp_path: Path, records: Path,
     assert all(len(r["values"]) == 2 and min(r["values"]) >= 0 and max(r["values"]) <= 100 for r in found)
     pairs = {r["extra"]["row"].partition(" P")[0]: r["extra"]["same_cluster_pairs"] for r in found}
     assert max(pairs["G-SimCLR, balanced"]) < min(pairs["SimCLR"]) < 10  # against the same clusters
-    assert {path.name for path in records.glob("*.png")} == {"clusters.png", "batches.png"}
+    assert {path.name for path in records.glob("*.png")} == {"demo_clusters.png", "demo_batches.png"}
     monkeypatch.setattr(pretrain, "main", lambda *_: pytest.fail("trained again"))
     evaluate.main(recipe)  # finished runs are read
     with pytest.raises(ValueError, match=r"begun with another recipe: temperature \(0\.1 there, 0\.2 now\)"):
@@ -250,14 +250,17 @@ def test_probes_see_images_as_they_are(tmp_path: Path) -> None:
         torch.testing.assert_close(found[name], whole[name])
 
 
-def test_fine_tuning_starts_from_the_arm_and_keeps_the_statistics(tmp_path: Path, records: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_fine_tuning_starts_from_the_arm_and_keeps_the_statistics(
+    tmp_path: Path, records: Path, monkeypatch: pytest.MonkeyPatch, precision: Any
+) -> None:
     splits = few()
     monkeypatch.setattr(finetune, "load", lambda *_, **__: splits)
     monkeypatch.setattr(finetune, "started", lambda recipe: replace(tiny(tmp_path), seed=recipe.seed, batches=recipe.arms[0]))
     source = replace(tiny(tmp_path), batches="random")
     before = pretrain.main(source, splits)
     recipe = read(finetune.Recipe, RECIPES / "digits-finetune.yaml", out=str(tmp_path), arms=["random"])
-    recipe = replace(recipe, training=Training(epochs=2), share=0.5, head_epochs=3)
+    recipe = replace(recipe, training=Training(epochs=3, precision=precision), share=0.5, head_epochs=3)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         path = finetune.main(recipe)[0]
@@ -265,6 +268,8 @@ def test_fine_tuning_starts_from_the_arm_and_keeps_the_statistics(tmp_path: Path
     assert record["extra"]["row"] == "SimCLR fine-tune"
     assert record["extra"]["labels"] == 0.5
     folder = tmp_path / "digits-finetune" / "random" / "seed-0"
+    losses = torch.tensor([line["validation_loss"] for line in lines(folder) if "validation_loss" in line])
+    assert not torch.equal(losses, losses.bfloat16().float())  # evaluated in float32, whatever the training
     tuned = torch.load(folder / "best.pt", weights_only=True)
     for name, value in before.encoder.state_dict().items():
         kept = torch.equal(tuned[f"encoder.{name}"], value.cpu())
@@ -300,6 +305,7 @@ def test_a_subset_that_misses_a_class_warns_with_its_name() -> None:
         ({"batch_size": 1}, "batch_size=1"),
         ({"batch_size": 10, "batches": "strict", "clusters": 5}, "strict batches of 10 need at least 10 clusters; got 5"),
         ({"head": [8]}, "two layers"),
+        ({"weights": "gsimclr_cifar10.h5"}, r"expected the one arm that they belong to, found arms=\['balanced', 'random'\]"),
         ({"autoencoder": pseudo_labels.Autoencoder(kernel=4)}, "odd"),
     ],
 )
@@ -314,9 +320,21 @@ def test_temperature_zero_is_refused_by_the_recipe(tmp_path: Path) -> None:
         read(pretrain.Recipe, tmp_path / "r.yaml")
 
 
-def test_colour_steps_on_grey_images_are_refused_before_anything_is_trained(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"digits: 1 channel"):
-        pretrain.main(tiny(tmp_path, augmentation=Augmentation()), few())
+@pytest.mark.parametrize(
+    ("changes", "processes", "message"),
+    [
+        ({"augmentation": Augmentation()}, 1, "digits: 1 channel"),
+        ({"batch_size": 121}, 1, "digits: 120 images cannot fill one batch of 121"),
+        ({"clusters": 121}, 1, "found 121 for 120"),
+        ({"batch_size": 10}, 4, "batch_size=10 on 4 processes"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], processes: int, message: str
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    with pytest.raises(ValueError, match=message):
+        pretrain.main(tiny(tmp_path, **changes), few())
     assert not list(tmp_path.iterdir())
 
 
