@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from PIL.Image import Resampling
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -131,8 +132,9 @@ def read_list(
         origin, parts = f"{path}, line {number}", line.split()
         if not parts:
             continue
-        if len(parts) != width:
-            extra = "; the list is separated by commas" if len(parts) == 1 and "," in line else ""
+        commas = len(line.split(",")) == width
+        if len(parts) != width or (commas and parts[0].endswith(",")):
+            extra = "; the list is separated by commas" if commas else ""
             raise ValueError(f"{origin}: expected `{form}` separated by spaces, found {len(parts)} columns{extra}: {line[:80]!r}")
         label = _label(parts[2:], about, origin)
         if line in known:
@@ -145,7 +147,8 @@ def read_list(
         raise ValueError(f"{path}: expected rows `{form}`, found an empty file")
     if "v" in modality:
         _check_prefix(rows[0].frames, rows[0].origin)
-    _check_prefix(rows[0].sound, rows[0].origin)
+    if "a" in modality:
+        _check_prefix(rows[0].sound, rows[0].origin)
     return rows
 
 
@@ -294,9 +297,10 @@ class EmotionClips(Dataset[tuple[Tensor, Tensor, int | Tensor, int]]):
     def __getitem__(self, item: int) -> tuple[Tensor, Tensor, int | Tensor, int]:
         number, view = divmod(item, self.views)
         for step in range(len(self.rows)):
-            row = self.rows[(number + step) % len(self.rows)]
+            chosen = (number + step) % len(self.rows)
+            row = self.rows[chosen]
             try:
-                return *self._read(row, view % self.segments), self._target(row), number + step
+                return *self._read(row, view % self.segments), self._target(row), chosen
             except (ValueError, FileNotFoundError) as err:
                 self.bad.say(type(err)(f"{row.origin}: {err}"))
         raise ValueError(f"none of the {len(self.rows)} clips could be read")
@@ -322,7 +326,7 @@ class EmotionClips(Dataset[tuple[Tensor, Tensor, int | Tensor, int]]):
             if self.stage == "train" and self.augmented:
                 video = augment.training_view(images, sizes.image, to_tensor)
             else:
-                video = to_tensor([image.resize((sizes.image, sizes.image), 2) for image in images])  # 2 = bilinear
+                video = to_tensor([image.resize((sizes.image, sizes.image), Resampling.BILINEAR) for image in images])
         if sound is not None:
             part = clips.cut(sound, *clip.share(count), origin=str(row.sound))
             gain = random_gain() if (self.stage == "train" and self.augmented) or self.test_gain else 1.0
@@ -335,28 +339,26 @@ class PretrainingClips(Dataset[tuple[Tensor, Tensor]]):
 
     Args:
         pairs: video file and its sound file; None = the sound track of the video. A row without video is (None, wav).
-        crop: multi-scale crop of the face region, else the whole frame.
+        skip_bad: put the next pair in place of one that cannot be read, and count; else raise, naming the row.
     """
 
-    def __init__(
-        self, pairs: Sequence[tuple[Path | None, Path | None]], sizes: Sizes, *, stride: int = 4, gain: bool = True, skip_bad: bool = False
-    ) -> None:
-        self.pairs, self.sizes, self.stride, self.gain, self.bad = list(pairs), sizes, stride, gain, _Skipping(skip_bad)
+    def __init__(self, pairs: Sequence[tuple[Path | None, Path | None]], sizes: Sizes, *, stride: int = 4, skip_bad: bool = False) -> None:
+        self.pairs, self.sizes, self.stride, self.bad = list(pairs), sizes, stride, _Skipping(skip_bad)
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
         for step in range(len(self.pairs)):
+            chosen = (number + step) % len(self.pairs)
             try:
-                return self._read(*self.pairs[(number + step) % len(self.pairs)])
+                return self._read(*self.pairs[chosen])
             except (ValueError, FileNotFoundError) as err:
-                self.bad.say(err)
+                self.bad.say(type(err)(f"row {chosen + 1} of the list: {err}"))
         raise ValueError(f"none of the {len(self.pairs)} clips could be read")
 
     def _read(self, video: Path | None, sound: Path | None) -> tuple[Tensor, Tensor]:
-        sizes = self.sizes
-        gain = random_gain() if self.gain else 1.0
+        sizes, gain = self.sizes, random_gain()
         if video is None:
             waveform = clips.read_wav(sound)
             span = sizes.audio_frames * 160 + 400
@@ -382,7 +384,7 @@ class PretrainingClips(Dataset[tuple[Tensor, Tensor]]):
         left, top, right, bottom = clips.face_box(facts.width, facts.height, side)
         faces = [image.crop((left, top, right, bottom)) for image in images]
         box = clips.draw_crop(*faces[0].size, sizes.image)
-        faces = [face.crop(box).resize((sizes.image, sizes.image), 2) for face in faces]
+        faces = [face.crop(box).resize((sizes.image, sizes.image), Resampling.BILINEAR) for face in faces]
         return to_tensor(faces), model_input(part, sizes.audio_frames, sizes.mel_bins, gain=gain)
 
 

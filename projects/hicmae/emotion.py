@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from common.blocks import MaskedEncoder, xavier_init
 from projects.hicmae.layers import FusionEncoder, FusionOrder, norm_layer
-from projects.hicmae.model import Modality, _check_shape, _grid, level_features, masked_encoder
+from projects.hicmae.model import Modality, check_shape, masked_encoder, patch_grid
 
 Activation = Literal["sigmoid", "relu", "tanh"]
 
@@ -73,8 +72,8 @@ class EmotionModel(nn.Module, PyTorchModelHubMixin):
             )
         audio_embed_dim, audio_heads, audio_depth = audio_embed_dim or embed_dim, audio_heads or num_heads, audio_depth or depth
         patch, audio_patch = (tubelet, patch_size, patch_size), (audio_patch_size, audio_patch_size)
-        grid = _grid("video", (frames, image_size, image_size), patch)
-        audio_grid = _grid("audio", tuple(audio_size), audio_patch)
+        grid = patch_grid("video", (frames, image_size, image_size), patch)
+        audio_grid = patch_grid("audio", tuple(audio_size), audio_patch)
         self.video_shape, self.audio_shape = (3, frames, image_size, image_size), (1, *audio_size)
         self.modality, self.feature_fusion, self.activation = modality, feature_fusion, activation
         width = 0
@@ -117,12 +116,12 @@ class EmotionModel(nn.Module, PyTorchModelHubMixin):
         found = Prediction(torch.empty(0), torch.empty(0))
         last_video = last_audio = None
         if "v" in self.modality:
-            _check_shape("video", video, self.video_shape)
+            check_shape("video", video, self.video_shape)
             last_video, found.video_layers = layer_means(self.encoder, video)
             found.video_feature = self._fuse_levels(found.video_layers, "video_layer_weights")
             parts.append(found.video_feature)
         if "a" in self.modality:
-            _check_shape("audio", audio, self.audio_shape)
+            check_shape("audio", audio, self.audio_shape)
             last_audio, found.audio_layers = layer_means(self.encoder_audio, audio)
             found.audio_feature = self._fuse_levels(found.audio_layers, "audio_layer_weights")
             parts.append(found.audio_feature)
@@ -141,10 +140,10 @@ class EmotionModel(nn.Module, PyTorchModelHubMixin):
 
 
 def layer_means(encoder: MaskedEncoder, inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """Last level (B, N, D), and the mean token of every level (B, depth, D); the levels' tokens are never stacked."""
-    depth = len(encoder.stack.blocks)
-    levels = level_features(encoder, inputs, None, range(1, depth + 1))
-    return levels[depth], torch.stack([levels[n].mean(1) for n in range(1, depth + 1)], 1)
+    """Last level (B, N, D), and the mean token of every level (B, depth, D); a level's normed tokens are freed before the next is normed."""
+    found = encoder(inputs, taps=range(1, len(encoder.stack.blocks)))
+    means = [encoder.stack.norm(tokens).mean(1) for _, tokens in sorted(found.taps.items())]
+    return found.tokens, torch.stack([*means, found.tokens.mean(1)], 1)
 
 
 # -- losses
@@ -153,11 +152,6 @@ def layer_means(encoder: MaskedEncoder, inputs: Tensor) -> tuple[Tensor, Tensor]
 def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean over the batch of -sum_k targets_k log softmax_k, in float32; targets (B, K) sum to 1 a row."""
     return -(targets * logits.float().log_softmax(-1)).sum(-1).mean()
-
-
-def smoothed_cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.1) -> Tensor:
-    """(1 - s) * cross entropy + s * mean over classes of -log softmax; labels (B,) int64."""
-    return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
 
 
 def _moments(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

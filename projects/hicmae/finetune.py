@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -73,7 +74,7 @@ class Recipe:
     ablate: dict[str, Any] = field(default_factory=dict)
     """Fields of the pre-training's architecture that differ from its recipe, for ablations; its run folder names them."""
     weights: str | None = None
-    """Checkpoint to start from in its place: a released file, or a run folder of `pretrain`."""
+    """Checkpoint to start from in its place: a released file, or a run folder; `{fold}` in it stands for the fold's number."""
     model: Architecture = field(default_factory=Architecture)
     """Sizes where there is no `pretrain` recipe; else that recipe's are used."""
     modality: Modality = "av"
@@ -116,8 +117,9 @@ class Recipe:
     """Of matrices."""
     layer_decay: ClosedUnitInterval = 0.75
     """Factor of the rate from a layer to the one below."""
-    select: Literal["best", "last"] = "best"
-    """Epoch that is tested: the best on the validation list (the reference; its list is the test list in most sets), or the last."""
+    select: Literal["best", "last", "given"] = "best"
+    """What is tested: the best epoch on the validation list (the reference; its list is the test list in most sets), the last epoch, or `weights`, a
+    fine-tuned model, as given, without training."""
     validate_every: PositiveInt = 1
     """Epochs between validations."""
     compare: list[Literal["audio", "video", "scratch", "no-contrast", "no-skip", "top-contrast", "last-feature"]] = field(
@@ -142,6 +144,8 @@ class Recipe:
             emotion_set(self.data)
         if self.data == "speech" and self.modality != "a":
             raise ValueError(f"data speech holds sound alone: expected modality a, found {self.modality}")
+        if (most := max([self.fold, *self.folds])) > about(self).folds:
+            raise ValueError(f"fold {most}: {self.data} has folds 1 to {about(self).folds}")
 
     @property
     def folder(self) -> Path:
@@ -213,7 +217,15 @@ def pretraining(recipe: Recipe) -> pretrain.Recipe | None:
 
 
 def build(recipe: Recipe, before: pretrain.Recipe | None) -> EmotionModel:
-    """The model with the weights that it starts from."""
+    """The model with the weights that it starts from.
+
+    Raises:
+        ValueError: `select: given` without weights, or weights that do not fit.
+    """
+    if recipe.weights is None and recipe.select == "given":
+        raise ValueError(
+            "select: given tests a fine-tuned model, found no weights; give its file or run folder: --weights 'DIR/fold{fold}.pth'"
+        )
     sized = before.model if before is not None else recipe.model
     shared = {name: getattr(sized, name) for name in SHARED}
     model = EmotionModel(
@@ -225,14 +237,23 @@ def build(recipe: Recipe, before: pretrain.Recipe | None) -> EmotionModel:
         feature_fusion=recipe.feature_fusion,
     )
     if recipe.weights is not None:
-        place = Path(recipe.weights)
+        place = Path(recipe.weights.replace("{fold}", str(recipe.fold)))
         if place.is_dir():
-            place_state(model, read_state_dict(place / "model.safetensors"), str(place))
+            place_state(model, read_state_dict(place / "model.safetensors"), str(place), whole=recipe.select == "given")
         else:
-            load_reference(model, place)
+            load_reference(model, place, whole=recipe.select == "given")
+        _warn_of_other_inputs(sized, place)
     elif before is not None:
         place_state(model, pretrain.main(before).state_dict(), before.name)
     return model
+
+
+def _warn_of_other_inputs(sized: Architecture, place: Path) -> None:
+    """Positions are a fixed table over the flat token number and in no checkpoint: with other input sizes they mean other places."""
+    there = json.loads((place / "config.json").read_text()) if place.is_dir() else asdict(Architecture())
+    pairs = [(name, there[name], getattr(sized, name)) for name in ("image_size", "frames", "audio_size")]
+    if differing := ", ".join(f"{name} {old} there, {new} here" for name, old, new in pairs if old != new):
+        warnings.warn(f"{place}: trained on inputs of another size ({differing}); its positions shift their meaning", stacklevel=3)
 
 
 @torch.no_grad()
@@ -301,24 +322,53 @@ def main(recipe: Recipe) -> Tested:
     if kept.is_file():
         told = json.loads((folder / "score.json").read_text())
         return Tested(**load_file(kept), **told)
+    if recipe.select != "given" and _mixes(recipe) and recipe.batch_size % 2:
+        raise ValueError(f"batch_size={recipe.batch_size}: mixup and CutMix pair the clips of a batch, expected an even number")
     before = pretraining(recipe)
     data = load(recipe, before.model if before is not None else recipe.model)
     seed_everything(recipe.seed)
-    model = build(recipe, before)
-    if kind.classes and (recipe.mixup or recipe.cutmix) and recipe.batch_size % 2:
-        raise ValueError(f"batch_size={recipe.batch_size}: mixup and CutMix pair the clips of a batch, expected an even number")
-    if recipe.modality == "a" or not kind.classes:
-        mix = mixing(kind.outputs, recipe.smoothing, 0.0, 0.0) if kind.classes else default_collate  # only the video would be mixed
-    else:
-        mix = mixing(kind.outputs, recipe.smoothing, float(recipe.mixup), float(recipe.cutmix))
+    model, seconds = build(recipe, before), 0.0
+    if recipe.select != "given":
+        seconds = _train(model, recipe, data)
+    model.to(PartialState().device)
+    averaged, labels = _by_recording(*scores(model, data.test, recipe), data)
+    last = figures = measure(labels, averaged, kind)
+    if (folder / "best.safetensors").is_file():
+        PartialState().wait_for_everyone()
+        model.load_state_dict(load_file(folder / "best.safetensors"))
+        averaged, labels = _by_recording(*scores(model, data.test, recipe), data)
+        figures = measure(labels, averaged, kind)
+    result = Tested(averaged, labels, figures, last, seconds)
+    if is_main():
+        save_model(model, folder, recipe=to_yaml(recipe))
+        write_text(folder / "score.json", json.dumps({"figures": figures, "last": last, "seconds": result.seconds}))
+        with written_aside(kept) as aside:
+            save_file({"scores": averaged, "labels": labels}, aside)
+    return result
+
+
+def _mixes(recipe: Recipe) -> bool:
+    """Whether mixup or CutMix is on: they mix the video of classes alone."""
+    return bool(about(recipe).classes) and recipe.modality != "a" and bool(recipe.mixup or recipe.cutmix)
+
+
+def _train(model: EmotionModel, recipe: Recipe, data: Sets) -> float:
+    """Train the model in place; the weights of the best epoch, where they are wanted, stay in the run folder. Gives the seconds."""
+    folder, kind = recipe.folder, about(recipe)
+    alphas = (float(recipe.mixup), float(recipe.cutmix)) if _mixes(recipe) else (0.0, 0.0)
     loader: DataLoader[Any] = DataLoader(
-        data.train, recipe.batch_size, shuffle=True, drop_last=True, num_workers=recipe.workers, collate_fn=mix
+        data.train,
+        recipe.batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=recipe.workers,
+        collate_fn=mixing(kind.outputs, recipe.smoothing, *alphas) if kind.classes else default_collate,
     )
     plan = budget(loader, recipe.training)
     clips = recipe.batch_size * recipe.training.accumulation * PartialState().num_processes
     peak, final = (scaled_lr(float(rate), clips) for rate in (recipe.base_lr, recipe.min_lr))
     warmup = min(round(recipe.warmup_epochs * plan.per_epoch), plan.total - 1)
-    main_figure = "mean CCC (%)" if not kind.classes else "WAR (%)"
+    main_figure = "WAR (%)" if kind.classes else "mean CCC (%)"
 
     def validate(net: nn.Module, epoch: int) -> Mapping[str, float]:
         """Figures of one randomly placed clip a sample; the weights of the best epoch so far stay in the run folder."""
@@ -345,21 +395,7 @@ def main(recipe: Recipe) -> Tested:
         evaluate=validate if best_wanted else None,
         evaluate_every=recipe.validate_every if best_wanted else None,
     )
-    found, rows = scores(fitted.model, data.test, recipe)  # type: ignore[arg-type]
-    averaged, labels = _by_recording(found, rows, data)
-    last = figures = measure(labels, averaged, kind)
-    if best_wanted and (folder / "best.safetensors").is_file():
-        PartialState().wait_for_everyone()
-        fitted.model.load_state_dict(load_file(folder / "best.safetensors"))
-        averaged, labels = _by_recording(*scores(fitted.model, data.test, recipe), data)  # type: ignore[arg-type]
-        figures = measure(labels, averaged, kind)
-    result = Tested(averaged, labels, figures, last, fitted.history[-1]["seconds"])
-    if is_main():
-        save_model(fitted.model, folder, recipe=to_yaml(recipe))
-        write_text(folder / "score.json", json.dumps({"figures": figures, "last": last, "seconds": result.seconds}))
-        with written_aside(kept) as aside:
-            save_file({"scores": averaged, "labels": labels}, aside)
-    return result
+    return float(fitted.history[-1]["seconds"])
 
 
 def _by_recording(found: Tensor, rows: Tensor, data: Sets) -> tuple[Tensor, Tensor]:

@@ -118,8 +118,8 @@ class HiCMAE(nn.Module, PyTorchModelHubMixin):
             )
         if difference_weight is not None and target != "difference":
             raise ValueError(f"difference_weight={difference_weight}: expected target difference, found {target}")
-        self.grid = _grid("video", (frames, image_size, image_size), (tubelet, patch_size, patch_size))
-        self.audio_grid = _grid("audio", tuple(audio_size), (audio_patch_size, audio_patch_size))
+        self.grid = patch_grid("video", (frames, image_size, image_size), (tubelet, patch_size, patch_size))
+        self.audio_grid = patch_grid("audio", tuple(audio_size), (audio_patch_size, audio_patch_size))
         self.video_shape, self.audio_shape = (3, frames, image_size, image_size), (1, *audio_size)
         self.patch, self.audio_patch = (tubelet, patch_size, patch_size), (audio_patch_size, audio_patch_size)
         self.mask_ratio, self.audio_mask_ratio = mask_ratio, audio_mask_ratio
@@ -172,11 +172,11 @@ class HiCMAE(nn.Module, PyTorchModelHubMixin):
         """
         out = Output(torch.zeros(()))
         if "v" in self.modality:
-            _check_shape("video", video, self.video_shape)
+            check_shape("video", video, self.video_shape)
             out.video_mask = self.draw_video_mask(len(video), generator, video.device) if video_mask is None else _as_mask(video_mask)
             out.video_levels = self.encode(self.encoder, video, out.video_mask)
         if "a" in self.modality:
-            _check_shape("audio", audio, self.audio_shape)
+            check_shape("audio", audio, self.audio_shape)
             out.audio_mask = self.draw_audio_mask(len(audio), generator, audio.device) if audio_mask is None else _as_mask(audio_mask)
             out.audio_levels = self.encode(self.encoder_audio, audio, out.audio_mask)
         fused_video, fused_audio = self.fuse(out.video_levels, out.audio_levels)
@@ -372,7 +372,8 @@ def _as_mask(mask: Mask | Tensor) -> Mask:
     return mask if isinstance(mask, Mask) else from_hidden(mask)
 
 
-def _grid(what: str, size: tuple[int, ...], patch: tuple[int, ...]) -> tuple[int, ...]:
+def patch_grid(what: str, size: tuple[int, ...], patch: tuple[int, ...]) -> tuple[int, ...]:
+    """Patches along each side (ValueError where a side is no multiple of its patch)."""
     if any(side < 1 or side % p for side, p in zip(size, patch, strict=True)):
         raise ValueError(f"{what} size {size}: expected multiples of its patch {patch}")
     return tuple(side // p for side, p in zip(size, patch, strict=True))
@@ -394,7 +395,8 @@ def _check_levels(levels: Sequence[int], contrastive: Sequence[int], depth: int,
             raise ValueError(f"{name} {tuple(given)}: expected rising block numbers between 1 and the encoder's depth {shallow}")
 
 
-def _check_shape(what: str, value: Tensor | None, shape: tuple[int, ...]) -> None:
+def check_shape(what: str, value: Tensor | None, shape: tuple[int, ...]) -> None:
+    """`value` is a batch (B, *shape) (ValueError)."""
     if value is None or tuple(value.shape[1:]) != shape:
         found = "nothing" if value is None else tuple(value.shape)
         raise ValueError(f"{what}: expected (B, {', '.join(map(str, shape))}), found {found}; the model is built for one input size")

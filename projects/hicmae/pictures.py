@@ -45,37 +45,32 @@ def rebuilt_audio(model: HiCMAE, audio: Tensor, prediction: Tensor, index: Tenso
 
 
 @torch.no_grad()
-def reconstructions(path: Path, model: HiCMAE, video: Tensor, audio: Tensor) -> None:
-    """Frame, what is visible, what was rebuilt; beside it the same of the spectrogram; one row a clip."""
+def reconstructions(path: Path, model: HiCMAE, video: Tensor | None, audio: Tensor | None) -> None:
+    """Of each modality that the model has: input, what is visible, what was rebuilt; one row a clip."""
     out = model(video, audio, generator=torch.Generator().manual_seed(0))
-    index, heard = out.video_mask.masked, out.audio_mask.masked
-    grey = torch.full_like(out.video_prediction, 0.5)
-    pictures = [
-        _pixels(video),
-        unpatchify(scatter(patchify(_pixels(video), model.patch), index, grey), model.grid, model.patch),
-        rebuilt_video(model, video, out.video_prediction, index),
-    ]
-    low = torch.full_like(out.audio_prediction, float(audio.min()))
-    sounds = [
-        audio,
-        unpatchify(scatter(patchify(audio, model.audio_patch), heard, low), model.audio_grid, model.audio_patch),
-        rebuilt_audio(model, audio, out.audio_prediction, heard),
-    ]
-    middle = video.shape[2] // 2
+    columns: list[tuple[str, Tensor]] = []
+    if out.video_mask is not None:
+        index, pixels = out.video_mask.masked, _pixels(video)
+        seen = scatter(patchify(pixels, model.patch), index, torch.full_like(out.video_prediction, 0.5))
+        columns += [("frame", pixels), ("visible", unpatchify(seen, model.grid, model.patch))]
+        columns += [("rebuilt", rebuilt_video(model, video, out.video_prediction, index))]
+    if out.audio_mask is not None:
+        index, low, high = out.audio_mask.masked, float(audio.min()), float(audio.max())
+        heard = scatter(patchify(audio, model.audio_patch), index, torch.full_like(out.audio_prediction, low))
+        columns += [("spectrogram", audio), ("visible", unpatchify(heard, model.audio_grid, model.audio_patch))]
+        columns += [("rebuilt", rebuilt_audio(model, audio, out.audio_prediction, index))]
+    count = len(columns[0][1])
     with rc_context(STYLE):
-        figure = Figure(figsize=(9, 1.5 * len(video)), layout="constrained")
-        axes = figure.subplots(len(video), 6, squeeze=False)
-        for row, line in enumerate(axes):
-            for column, axis in enumerate(line):
-                if column < 3:
-                    axis.imshow(pictures[column][row, :, middle].permute(1, 2, 0))
+        figure = Figure(figsize=(1.5 * len(columns), 1.5 * count), layout="constrained")
+        for row, line in enumerate(figure.subplots(count, len(columns), squeeze=False)):
+            for axis, (title, shown) in zip(line, columns, strict=True):
+                if shown.ndim == 5:
+                    axis.imshow(shown[row, :, shown.shape[2] // 2].permute(1, 2, 0))
                 else:
-                    axis.imshow(
-                        sounds[column - 3][row, 0].T, origin="lower", aspect="auto", vmin=float(audio.min()), vmax=float(audio.max())
-                    )
+                    axis.imshow(shown[row, 0].T, origin="lower", aspect="auto", vmin=low, vmax=high)
                 axis.set(xticks=[], yticks=[])
                 if row == 0:
-                    axis.set_title(("frame", "visible", "rebuilt", "spectrogram", "visible", "rebuilt")[column])
+                    axis.set_title(title)
         figure.savefig(path)
 
 

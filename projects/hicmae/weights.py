@@ -75,12 +75,14 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         return read_state_dict(path)
 
 
-def load_reference(model: HiCMAE | EmotionModel, state: Mapping[str, Tensor] | str | Path) -> None:
+def load_reference(model: HiCMAE | EmotionModel, state: Mapping[str, Tensor] | str | Path, *, whole: bool = False) -> None:
     """Put a state dict of the reference, or the file of one, into our model.
 
     A fine-tuning model takes a pre-trained file (its six own tensors start fresh, decoders are dropped) or a fine-tuned one; of the latter, a head with
     another number of outputs is dropped with a warning. Everything else that is missing or left over is an error.
 
+    Args:
+        whole: nothing may start fresh: the file must be a fine-tuned one with the model's own head (to test it as it is).
     Raises:
         ValueError: names or shapes that do not fit (another size, a fine-tuned file for pre-training, not a checkpoint of HiCMAE).
     """
@@ -88,12 +90,12 @@ def load_reference(model: HiCMAE | EmotionModel, state: Mapping[str, Tensor] | s
     content = dict(state) if isinstance(state, Mapping) else read_checkpoint(state)
     if not any(name.startswith(("encoder.", "encoder_audio.")) for name in content):
         raise ValueError(f"{origin}: expected names that begin with encoder. or encoder_audio., found {sorted(content)[:5]}")
-    place_state(model, {our_name(name): value for name, value in content.items()}, origin)
+    place_state(model, {our_name(name): value for name, value in content.items()}, origin, whole=whole)
 
 
-def place_state(model: HiCMAE | EmotionModel, state: dict[str, Tensor], origin: str) -> None:
+def place_state(model: HiCMAE | EmotionModel, state: dict[str, Tensor], origin: str, *, whole: bool = False) -> None:
     """As `load_reference`, of a state dict with our own names (a run of `pretrain.py`, say)."""
-    if isinstance(model, HiCMAE):
+    if isinstance(model, HiCMAE) or whole:
         load_into(model, state, origin=origin)
         return
     absent: list[str] = []

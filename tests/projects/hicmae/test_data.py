@@ -232,6 +232,7 @@ def test_every_data_set_reads_its_lists(tmp_path: Path, name: str) -> None:
             "frames,wav,label\na,b,0",
             r"line 1: expected `frames wav label` separated by spaces, found 1 columns; the list is separated by commas",
         ),
+        ("a, b, 0", "line 1: expected `frames wav label` separated by spaces, found 3 columns; the list is separated by commas"),
         ("frames wav label\na b 0", "line 1: expected numbers as labels, found 'label'; lists have no header"),
         ("a b 0\na b", "line 2: expected `frames wav label` separated by spaces, found 2 columns"),
         ("a b 6", "line 1: expected a class number 0 to 5, found 6"),
@@ -252,6 +253,8 @@ def test_foreign_prefixes_name_what_is_missing(crema: Path) -> None:
         read_fold("crema-d", 1, data_root=crema)
     fold = read_fold("crema-d", 1, data_root=crema, path_map={"/share": str(crema)})
     assert (len(fold.train), len(fold.test), fold.train[7].label) == (12, 6, 1)
+    (crema / "sound").rename(crema / "elsewhere")
+    read_fold("crema-d", 1, data_root=crema, path_map={"/share": str(crema)}, modality="v")  # sound is not looked for
     with pytest.raises(ValueError, match="crema-d has folds 1 to 5"):
         read_fold("crema-d", 6, data_root=crema)
     with pytest.raises(ValueError, match=r"data set 'fer2013': expected one of mafw, mafw-43, dfew"):
@@ -308,6 +311,14 @@ def test_bad_clips_stop_or_are_counted(crema: Path) -> None:
     with pytest.warns(UserWarning, match="skipped clip 1"):
         assert kept[0][3] == 1
     assert int(kept.bad.count) == 1
+    last = EmotionClips([*rows[1:], rows[0]], "test", SMALL, skip_bad=True)
+    with pytest.warns(UserWarning, match="skipped clip 1"):
+        assert last[len(last) - 1][3] == 0  # the next row after the last is the first
+    pairs = [(None, rows[1].sound), (None, rows[0].sound)]
+    with pytest.raises(FileNotFoundError, match=r"row 2 of the list: sound .*no such file"):
+        PretrainingClips(pairs, SMALL)[1]
+    with pytest.warns(UserWarning, match="skipped clip 1"):
+        assert PretrainingClips(pairs, SMALL, skip_bad=True)[1][1].shape == (1, 64, 32)
 
 
 def test_speech_is_split_by_actor(shared_data: Path) -> None:

@@ -100,7 +100,7 @@ def test_contrast_sums_the_levels_and_follows_the_formula() -> None:
     net, (video, audio) = model(), clips()
     out = net(video, audio)
     for term, level in zip(out.contrastive_per_level, (1, 3), strict=True):
-        v, a = (tokens[level].mean(1) for tokens in (out.video_levels, out.audio_levels))
+        v, a = (tokens[level].detach().mean(1) for tokens in (out.video_levels, out.audio_levels))
         logits = [[float(v[i] @ a[j] / v[i].norm() / a[j].norm() / 0.07) for j in range(3)] for i in range(3)]
         rows = torch.tensor(logits)
         by_hand = -(rows.log_softmax(1).diag().mean() + rows.log_softmax(0).diag().mean()) / 2
@@ -176,6 +176,7 @@ def test_feature_fusion_weighs_normed_levels() -> None:
     torch.testing.assert_close(out.audio_feature, by_hand)
     assert out.feature.shape == (3, 64)
     assert out.output.shape == (3, 5)
+    torch.testing.assert_close(out.video_layers[:, 1], level_features(net.encoder, video, None, (2,))[2].mean(1))
     last = EmotionModel(5, **TINY, feature_fusion="last").eval()(video, audio)
     assert torch.equal(last.video_feature, last.video_layers[:, -1])
     assert EmotionModel(5, **TINY, modality="a")(None, audio).feature.shape == (3, 16)
@@ -268,6 +269,10 @@ def test_checkpoints_that_do_not_fit_are_named() -> None:
         load_reference(net, {"backbone.weight": torch.zeros(1)})
     with pytest.warns(UserWarning, match="its head has 5 outputs, the model 7"):
         load_reference(EmotionModel(7, **TINY), reference_state(tuned))
+    with pytest.raises(ValueError, match=r"other shape .*head\.weight: \(5, 64\) in the file, \(7, 64\)"):
+        load_reference(EmotionModel(7, **TINY), reference_state(tuned), whole=True)
+    with pytest.raises(ValueError, match=r"missing 6 \(video_layer_weights"):
+        load_reference(tuned, reference_state(net), whole=True)
     less = {name: value for name, value in reference_state(net).items() if name != "encoder.norm.weight"}
     with pytest.raises(ValueError, match=r"missing 1 \(encoder.stack.norm.weight\)"):
         load_reference(EmotionModel(7, **TINY), less)

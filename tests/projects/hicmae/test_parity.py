@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from unittest.mock import patch
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 from common.masking import kept_count, random_mask, tube
 from common.patch import sincos_1d
 from projects.hicmae import EmotionModel, HiCMAE, audio, augment, clips, metrics, optim
-from projects.hicmae.emotion import ccc_loss, pcc_loss, smoothed_cross_entropy, soft_cross_entropy
+from projects.hicmae.emotion import ccc_loss, pcc_loss, soft_cross_entropy
 from projects.hicmae.layers import CrossSelfBlock
 from projects.hicmae.model import similarity
 from projects.hicmae.weights import load_reference, our_name, reference_name
@@ -80,12 +81,14 @@ def pretrain(case: Case) -> dict[str, Tensor]:
         kind, _, weight = name.partition("_weighted_")
         model = pretraining_model(case, target=kind, difference_weight=float(weight) if weight else None)
         found = model(video, sound, *hidden)
-        terms = {"video": found.video_loss, "audio": found.audio_loss, "contrastive_per_layer": found.contrastive_per_level}
-        terms |= {"contrastive": found.contrastive_loss, "total": found.loss}
+        levels = found.contrastive_per_level
+        levels = model.contrast(found.video_levels, found.audio_levels) if levels is None else levels  # with lambda 0 nothing needs it
+        terms = {"video": found.video_loss, "audio": found.audio_loss, "contrastive_per_layer": levels}
+        terms |= {"contrastive": levels.sum(), "total": found.loss}
         out |= {f"loss.{name}.{term}": value for term, value in terms.items()}
         out |= {f"target_video.{name}": model.video_target(video, found.video_mask)}
         out |= gradients(model, found.loss, f".{name}")
-        if name == "difference":
+        if kind != "raw_pixels":
             out["target_audio"] = model.audio_target(sound, found.audio_mask)
     depth = max(found.video_levels)
     fused = model.fuse(found.video_levels, found.audio_levels)
@@ -105,7 +108,11 @@ def finetune(case: Case) -> dict[str, Tensor]:
     out = {name: getattr(found, name) for name in ("video_layers", "audio_layers", "video_feature", "audio_feature", "feature", "output")}
     if case.config["task"] == "classification":
         loss = soft_cross_entropy(found.output, case.inputs["soft_target_logits"].softmax(-1))
-        out |= {"loss.soft_target": loss, "loss.label_smoothing_0.1": smoothed_cross_entropy(found.output, case.inputs["label"], 0.1)}
+        out["loss.soft_target"] = loss
+        for name in case.raw["values"]:
+            if name.startswith(prefix := "loss.label_smoothing_"):
+                labels = augment.smooth_labels(case.inputs["label"], case.config["outputs"], float(name.removeprefix(prefix)))
+                out[name] = soft_cross_entropy(found.output, labels)
     else:
         target = case.inputs["target"]
         loss = torch.nn.functional.mse_loss(found.output, target)
@@ -116,6 +123,8 @@ def finetune(case: Case) -> dict[str, Tensor]:
 def cross_self_block(case: Case) -> dict[str, Tensor]:
     config = case.config
     block = CrossSelfBlock(config["dim"], config["context_dim"], config["heads"], mlp_ratio=config["mlp_ratio"])
+    for norm in (part for part in block.modules() if isinstance(part, torch.nn.LayerNorm)):
+        norm.eps = config["norm_eps"]
     block.load_state_dict({our_name("." + name)[1:]: value for name, value in case.state.items()})
     x, context = (case.inputs[name].clone().requires_grad_() for name in ("x", "context"))
     output = block(x, context)
@@ -130,15 +139,13 @@ def sincos(case: Case) -> dict[str, Tensor]:
 
 def optimizer_groups(case: Case) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
+    config = options(case, PRETRAIN)
+    deepest = min(config["depth"], config.get("audio_depth") or config["depth"])
+    decoder_depth = config.get("decoder_depth", min(4, deepest + 1))  # the case may not say: its names are those of any depth
+    levels = range(deepest - decoder_depth + 2, deepest + 1)
     pair = {
         "finetune": (EmotionModel(7, **options(case, SHARED)), case.config["layer_decay"]),
-        "pretrain": (
-            HiCMAE(
-                **options(case, PRETRAIN),
-                levels=range(2, 5) if "decoder_depth" not in case.config else range(1, case.config["decoder_depth"]),
-            ),
-            1.0,
-        ),
+        "pretrain": (HiCMAE(**(config | {"decoder_depth": decoder_depth}), levels=levels), 1.0),
     }
     for stage, (model, decay) in pair.items():
         for group in optim.groups(model, case.config["weight_decay"], decay):
@@ -158,10 +165,16 @@ def schedule(case: Case) -> dict[str, Tensor]:
 
 def fbank(case: Case) -> dict[str, Tensor]:
     out, config = {}, case.config
+    noisy, loud, hertz, offset = (
+        float(found)
+        for found in re.match(
+            r"([\d.]+) \* normal \+ ([\d.]+) \* sin\(2 pi ([\d.]+) t\) \* exp\(-t\) \+ ([\d.]+), t = n / 16000", config["waveform"]
+        ).groups()
+    )
     for name, noise in case.inputs.items():
         samples = int(name.partition(".")[2])
         t = torch.arange(samples, dtype=torch.float64) / config["sample_rate"]
-        wave = (0.05 * noise.double() + 0.3 * torch.sin(2 * torch.pi * 440 * t) * torch.exp(-t) + 0.01).float()
+        wave = (noisy * noise.double() + loud * torch.sin(2 * torch.pi * hertz * t) * torch.exp(-t) + offset).float()
         gain = config["magnitude"] or 1.0
         raw = audio.filter_bank((wave - wave.mean()) * gain, config["mel_bins"])
         out |= {
@@ -227,7 +240,7 @@ def augmentation(case: Case) -> dict[str, Tensor]:
             apply = augment.operation(name, magnitude)
         out[f"op.{name}.{magnitude}"] = torch.from_numpy(np.asarray(apply(Image.fromarray(pixels))).copy())
     for i, box in enumerate(case.config["crop_boxes_top_left_height_width"]):
-        size = tuple(case.expected[f"resized_crop.{i}"].shape[-2:])
+        size = [int(side) for side in re.search(r"resize to (\d+) x (\d+)", case.raw["outputs"][f"resized_crop.{i}"]).groups()]
         out[f"resized_crop.{i}"] = augment.resized_crop(case.inputs["clip"], tuple(box), size)
     return out
 
@@ -246,7 +259,7 @@ def mixup(case: Case) -> dict[str, Tensor]:
 def classification_metrics(case: Case) -> dict[str, Tensor]:
     logits, label = case.inputs["logits"].clone(), case.inputs["label"]
     samples, views, classes = logits.shape
-    logits[torch.arange(samples), :, label] += 1.2
+    logits[torch.arange(samples), :, label] += float(re.search(r"([\d.]+) is added", case.raw["inputs"]["logits"]["note"])[1])
     groups = torch.arange(samples).repeat_interleave(views)
     scores = metrics.average_views(logits.softmax(-1).view(-1, classes), groups)
     found = metrics.categorical(label, scores)
@@ -257,7 +270,9 @@ def classification_metrics(case: Case) -> dict[str, Tensor]:
 
 def regression_metrics(case: Case) -> dict[str, Tensor]:
     prediction = case.inputs["prediction"]
-    label = 0.6 * prediction + 0.5 * case.inputs["noise"] + 0.2
+    rule = r"([\d.]+) \* prediction \+ ([\d.]+) \* noise \+ ([\d.]+)"
+    slope, spread, offset = (float(found) for found in re.search(rule, case.raw["inputs"]["noise"]["note"]).groups())
+    label = slope * prediction + spread * case.inputs["noise"] + offset
     found = metrics.dimensional(label, prediction)
     out = {"ccc_loss": ccc_loss(prediction, label), "pcc_loss": pcc_loss(prediction, label)}
     for name, value in found._asdict().items():

@@ -18,6 +18,7 @@ from common.recipe import read
 from projects.hicmae import EmotionModel, HiCMAE, evaluate, finetune, pretrain
 from projects.hicmae.finetune import RECIPES
 from projects.hicmae.talkers import SyntheticTalkers
+from projects.hicmae.weights import reference_state
 from tests.projects.hicmae.test_data import crema  # noqa: F401
 
 SMALL = {
@@ -128,10 +129,14 @@ def test_row_trains_compares_draws_and_records(tmp_path: Path, records: Path, mo
     written = [json.loads(file.read_text()) for file in records.glob("*.json")]
     rows = {(r["extra"]["row"], r["metric"]) for r in written}
     assert {(row, "WAR (%)") for row in ("full", *recipe.compare)} <= rows
-    assert {("full", "retrieval R@1, level 2 (%)"), ("no-contrast", "masked reconstruction loss")} <= rows
+    assert {("full", "retrieval R@1, level 2 (%)"), ("no-contrast", "masked reconstruction loss"), ("full", "linear probe (%)")} <= rows
     assert all(len(r["values"]) == 2 for r in written)
-    assert {path.stem for path in records.glob("*.png")} == {"reconstruction", "retrieval", "attention"}
+    assert {path.stem for path in records.glob("*.png")} == {
+        f"pretrain-talkers_{what}" for what in ("reconstruction", "retrieval", "attention")
+    }
     assert evaluate.record_row(recipe, recipe, "full") == found  # nothing is trained again
+    evaluate.record_row(recipe, replace(recipe, name="ordering"), "full")  # only the demo's figures stay out of the project's results
+    assert len(list((tmp_path / "projects/hicmae/results").glob("ordering-*.json"))) == 3
     kept = load_model(EmotionModel, replace(recipe, seed=1).folder)
     assert kept.head.out_features == 4
 
@@ -179,6 +184,20 @@ def test_folds_of_a_real_layout_are_pooled(crema: Path, tmp_path: Path, records:
     assert len(written["WAR (%)"]["extra"]["folds"][0]) == 2
     assert (replace(recipe, fold=2).folder / "best.json").is_file()
 
+    # the same models as released files, tested without training
+    for fold in (1, 2):
+        model = load_model(EmotionModel, replace(recipe, fold=fold).folder)
+        torch.save({"model": reference_state(model)}, tmp_path / f"fold{fold}.pth")
+    given = replace(recipe, name="given", select="given", weights=str(tmp_path / "fold{fold}.pth"))
+    with pytest.warns(UserWarning, match=r"another size \(image_size 160 there, 16 here"):
+        evaluate.main(given)
+    again = [json.loads(p.read_text()) for p in (tmp_path / "projects/hicmae/results").glob("given-*.json")]
+    figures = {r["extra"]["row"]: r["values"][0] for r in again if r["metric"] == "WAR (%)"}
+    assert figures == pytest.approx({"given": 100 * right / 8} | {f"given fold {f}": tested[f - 1].figures["WAR (%)"] for f in (1, 2)})
+    assert {r["weights"] for r in again} == {"official, converted"}
+    with pytest.raises(ValueError, match="select: given tests a fine-tuned model, found no weights"):
+        finetune.main(replace(given, name="none", weights=None))
+
 
 def test_dimensional_task_and_unimodal_rows(crema: Path, tmp_path: Path) -> None:  # noqa: F811
     folder = crema / "hicmae" / "werewolf-xl" / "audio_visual" / "split01"
@@ -200,15 +219,26 @@ def test_dimensional_task_and_unimodal_rows(crema: Path, tmp_path: Path) -> None
 
 
 def test_fine_tuning_starts_from_a_run_folder_or_a_released_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from projects.hicmae.weights import reference_state
-
     recipe = after(tmp_path, monkeypatch)
     trained = pretrain.main(before(tmp_path))
     torch.save({"model": reference_state(trained)}, tmp_path / "checkpoint-99.pth")
-    for weights in (tmp_path / "checkpoint-99.pth", before(tmp_path).folder):
+    for weights in (tmp_path / "checkpoint-99.pth", before(tmp_path).folder):  # the file is taken for one at the published input sizes
         model = finetune.build(replace(recipe, weights=str(weights)), before(tmp_path))
         assert torch.equal(model.encoder_fusion.norm.weight, trained.encoder_fusion.norm.weight)
         assert torch.equal(model.encoder.embed.proj.weight, trained.encoder.embed.proj.weight)
+
+
+def test_speech_row_of_the_audio_branch(shared_data: Path, tmp_path: Path, records: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = read(pretrain.Recipe, RECIPES / "pretrain-speech.yaml", out=str(tmp_path / "runs"), data_root=str(shared_data))
+    first = replace(first, model=replace(first.model, **SMALL), training=Training(steps=2, log_every=1))
+    recipe = read(finetune.Recipe, RECIPES / "speech.yaml", out=str(tmp_path / "runs"), data_root=str(shared_data))
+    monkeypatch.setattr(finetune, "read", lambda _kind, _path, **given: replace(first, seed=given["seed"]))
+    found = evaluate.main(replace(recipe, training=Training(steps=2, log_every=1), seeds=[0]))
+    assert 24 * found["WAR (%)"][0] / 100 == pytest.approx(round(24 * found["WAR (%)"][0] / 100))
+    written = [json.loads(p.read_text()) for p in (tmp_path / "projects/hicmae/results").glob("speech-*.json")]
+    assert {r["metric"] for r in written} == {"WAR (%)", "UAR (%)", "WA-F1 (%)"}
+    assert all(r["data"]["split"] == "actors 10 to 12 (24 clips)" for r in written)
+    assert (tmp_path / "projects/hicmae/results/pretrain-speech_reconstruction.png").is_file()
 
 
 @pytest.mark.parametrize(
@@ -216,6 +246,7 @@ def test_fine_tuning_starts_from_a_run_folder_or_a_released_file(tmp_path: Path,
     [
         ("data: fer2013", "expected one of mafw"),
         ("data: speech", "expected modality a, found av"),
+        ("{data: mer-multi, folds: [1, 2]}", "fold 2: mer-multi has folds 1 to 1"),
         ("layer_decay: 2", "layer_decay"),
         ("modalty: a", "modalty"),
         ("compare: [nothing]", "compare"),
