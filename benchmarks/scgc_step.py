@@ -1,4 +1,4 @@
-"""SCGC's training step, its contrastive term alone, and inference, each beside a plainer form: `python -m benchmarks.scgc_step`.
+"""SCGC's training step, its contrastive term alone, and inference, each beside a plainer form: `python -m benchmarks.steps scgc`.
 
 Step: the spec's reference step (N 1024, d 512; target pass, loss pass, backward, Adam), and one of ACM's size. Contrast: value and gradient on a graph of ACM's size and
 degrees (N 3025) and of USPS's degrees and hops (N 4057). Inference: the encoder alone against a graph convolution of the same widths.

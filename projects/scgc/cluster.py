@@ -7,6 +7,7 @@ Full batch by default, one step an epoch. Labels never enter: the assignment bef
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -96,8 +97,9 @@ class Recipe:
     """Of K-means, mini-batches and, unless pretrain.seed is given, the auto-encoder."""
     seeds: list[NonNegativeInt] = field(default_factory=lambda: list(range(10)))
     """Repetitions of a table row (evaluate)."""
-    compare: list[Literal["kmeans-x", "kmeans-ae", "no-structure", "shuffled"]] = field(default_factory=list)
-    """Measured beside the row (evaluate): K-means on features and on the auto-encoder's code, alpha = 0, the graph on shuffled nodes."""
+    compare: list[Literal["kmeans-x", "kmeans-ae", "kmeans-unit", "no-structure", "shuffled"]] = field(default_factory=list)
+    """Measured beside the row (evaluate): K-means on features, on the auto-encoder's code and on the trained code at unit length (a diagnostic:
+    what the embedding holds where the centres lag behind it), alpha = 0, the graph on shuffled nodes."""
     empty_clusters: Rule = "match"
     """Scores of a clustering with an empty cluster (evaluate; metrics.py)."""
     settled_below: NonNegativeFloat = 0.001
@@ -193,6 +195,8 @@ def build(recipe: Recipe, data: Data) -> SCGC:
     clusters = recipe.clusters or data.classes
     if clusters is None:
         raise ValueError(f"clusters: {data.name} has no labels to count; give the number of clusters")
+    if data.classes not in (None, clusters):
+        warnings.warn(f"clusters={clusters}: {data.name} has {data.classes} classes; {clusters} clusters are used", stacklevel=2)
     network = recipe.network
     decoder = list(network.decoder) if recipe.variant == "scgc" else None
     return SCGC(data.x.shape[1], clusters, [*network.encoder, network.embedding], decoder, recipe.nu)

@@ -9,7 +9,6 @@ a sampled product forwards and two sparse products backwards. `dense` is the sam
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +21,6 @@ from common.contrastive import unit
 from common.kernels.pair_lse import Path, pair_lse
 from projects.scgc.features import csr_rows
 
-warnings.filterwarnings("ignore", message="Sparse (CSR|CSC|invariant)")
 EPS = 1e-8
 
 

@@ -89,13 +89,15 @@ def load(
     data_root: str | Path | None = None,
     cache: str | Path | None = None,
     k: int | None = None,
-    build: Literal["given"] | Method = "given",
+    build: Literal["given", "none"] | Method = "given",
     blocks: Blocks | None = None,
     links: Links | None = None,
     seed: int = 0,
 ) -> Data:
     """A data set by name; `blocks` draws the embedded default from `seed`.
 
+    Args:
+        build: "given" = the published graph, "none" = no graph (pre-training reads none), else one built from the features.
     Raises:
         FileNotFoundError: a file is missing; the message names it, and for k-NN graphs the k that exist.
         ValueError: sizes that differ, node numbers outside 0..N-1, labels of one class, features that are not finite or all equal.
@@ -105,7 +107,7 @@ def load(
     folder = root(data_root) / "sdcn"
     archive = folder / name / "data.npz"
     if archive.is_file():
-        return _from_archive(name, archive, folder, k, build)
+        return _from_archive(name, archive, folder, k, build, cache)
     if (folder / "data").is_dir():
         return _from_text(name, folder, k, build, cache)
     known = sorted(path.parent.name for path in folder.glob("*/data.npz"))
@@ -114,7 +116,7 @@ def load(
     )
 
 
-def _from_archive(name: str, path: Path, folder: Path, k: int | None, build: str) -> Data:
+def _from_archive(name: str, path: Path, folder: Path, k: int | None, build: str, cache: str | Path | None) -> Data:
     with np.load(path, allow_pickle=False) as content:
         held = {key: content[key] for key in content.files}
     text = folder / "data" / f"{name}.txt"
@@ -124,7 +126,7 @@ def _from_archive(name: str, path: Path, folder: Path, k: int | None, build: str
             raise FileNotFoundError(
                 f"{name}: {path} holds labels and graphs but no features; get {WITHOUT_FEATURES.get(name, 'them')}, expected at {text}"
             )
-        held["x"] = np.loadtxt(text, dtype=np.float32, ndmin=2)
+        held["x"] = _cached_text(text, cache)
         sources.append(text)
     if build == "given":
         key = "edges" if k is None else f"edges_k{k}"
@@ -155,7 +157,9 @@ def _from_text(name: str, folder: Path, k: int | None, build: str, cache: str | 
         graph = folder / "graph" / f"{name}{'' if k is None else k}_graph.txt"
         if not graph.is_file():
             there = sorted(path.name for path in graph.parent.glob(f"{name}*_graph.txt"))
-            raise FileNotFoundError(f"{name}: expected the graph {graph}, found {', '.join(there) or 'none'}; set graph.k to match")
+            raise FileNotFoundError(
+                f"{name}: expected the graph {graph}, found {', '.join(there) or 'none'}; set graph.k to match (acm, dblp and cite have one graph, without k)"
+            )
         edges = read_edges(graph)
         sources.append(graph)
     return _checked(name, x, y, edges, k, build, sources)
@@ -209,7 +213,9 @@ def _checked(
             warnings.warn(
                 f"{name}: the published set has {CLUSTERS[name]} classes, these labels {y.max() + 1}; the latter is used", stacklevel=3
             )
-    if build != "given":
+    if build == "none":
+        edges = np.zeros((0, 2), dtype=np.int64)
+    elif build != "given":
         edges = knn_edges(x, k or 0, build)  # type: ignore[arg-type]
     edges = check_edges(np.asarray(edges), len(x), f"{name}: edges ({where})")
     return Data(name, x, y, edges, checksum(sources))

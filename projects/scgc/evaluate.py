@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from common.checkpoint import write_text
+from common.contrastive import unit
 from common.probes import kmeans, summarise
 from common.recipe import parse
 from common.results import Record, picture_path, save_record
@@ -29,7 +30,18 @@ from projects.scgc.graph import facts
 from projects.scgc.metrics import NAMES, by_epoch, scores, settled
 
 RULES = ("best", "last", "settled")
-BESIDE = {"kmeans-x": "K-means on X", "kmeans-ae": "K-means on the auto-encoder", "no-structure": "alpha = 0", "shuffled": "shuffled graph"}
+BESIDE = {
+    "kmeans-x": "K-means on X",
+    "kmeans-ae": "K-means on the auto-encoder",
+    "kmeans-unit": "K-means on the trained code at unit length",
+    "no-structure": "alpha = 0",
+    "shuffled": "shuffled graph",
+}
+
+
+def is_demo(name: str) -> bool:
+    """Whether figures of a recipe of this name stay out of results/: those of the demo are made again at every visit."""
+    return name.partition("_")[0] == "demo"
 
 
 def figures(recipe: Recipe, labels: np.ndarray, assignments: np.ndarray) -> dict[str, Any]:
@@ -68,7 +80,13 @@ def baseline(recipe: Recipe, what: str, data: Data) -> dict[str, Any]:
         other = replace(recipe, name=f"{recipe.name}_{what.replace('-', '_')}", **change)
         return score_seed(other, read(other))
     began = time.monotonic()
-    points = torch.from_numpy(data.x).float() if what == "kmeans-x" else embed(cluster.start(recipe, data).cpu().encode, Features(data.x))
+    match what:
+        case "kmeans-x":
+            points = torch.from_numpy(data.x).float()
+        case "kmeans-ae":
+            points = embed(cluster.start(recipe, data).cpu().encode, Features(data.x))
+        case "kmeans-unit":
+            points = unit(embed(cluster.main(recipe, data).model.cpu().ae.encode, Features(data.x)))
     clusters = kmeans(points, recipe.clusters or data.classes or 0, restarts=recipe.restarts, seed=recipe.seed).labels
     values = {name: 100 * value for name, value in scores(data.y, clusters.numpy(), recipe.empty_clusters).items()}
     return {"only": values, "seconds": round(time.monotonic() - began, 1)}
@@ -82,7 +100,7 @@ def assert_labels(data: Data) -> None:
 def save(recipe: Recipe, found: dict[int, dict[str, Any]], data: Data, row: str) -> None:
     """A record for each metric and rule."""
     first = next(iter(found.values()))
-    demo = recipe.data == GENERATED
+    demo = is_demo(recipe.name)
     for rule in [rule for rule in (*RULES, "only") if rule in first]:
         for name in NAMES.values():
             extra: dict[str, Any] = {"row": row}
@@ -112,7 +130,9 @@ def tell(name: str, found: dict[int, dict[str, Any]]) -> None:
     first = next(iter(found.values()))
     for rule in [rule for rule in (*RULES, "only") if rule in first]:
         shown = "  ".join(f"{m} {summarise([f[rule][m] for f in found.values()])}" for m in NAMES.values())
-        print(f"{name:<28} {'' if rule == 'only' else rule:<8} {shown}", flush=True)
+        epochs = [f[f"{rule}_epoch"] for f in found.values()] if rule != "only" else []
+        at = [e["ACC"] for e in epochs] if rule == "best" else epochs
+        print(f"{name:<42} {'' if rule == 'only' else rule:<8} {shown}{f'  ACC at epochs {at}' if at else ''}", flush=True)
 
 
 def main(recipe: Recipe) -> dict[str, dict[int, dict[str, Any]]]:
@@ -159,7 +179,7 @@ def picture(recipe: Recipe, data: Data, found: dict[int, dict[str, Any]]) -> Pat
         "auto-encoder": embed(cluster.start(recipe, data).cpu().encode, x).numpy(),
         f"{'SCGC*' if recipe.variant == 'scgc_star' else 'SCGC'}, last epoch": embed(run.model.cpu().ae.encode, x).numpy(),
     }
-    path = picture_path("scgc", f"{recipe.name}_embedding", demo=recipe.data == GENERATED)
+    path = picture_path("scgc", f"{recipe.name}_embedding", demo=is_demo(recipe.name))
     pictures.embedding(path, panels, data.y, [f["curve"] for f in found.values()], title=f"{data.name}, seed {recipe.seed}")
     return path
 

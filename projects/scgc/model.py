@@ -74,9 +74,9 @@ class AutoEncoder(nn.Module, PyTorchModelHubMixin):
         """Hidden layers of the encoder after their ReLU, (N, width) each."""
         if x.shape[1] != self.in_dim:
             raise ValueError(f"features: expected (N, {self.in_dim}), found {tuple(x.shape)}; was the model trained on another data set?")
-        states = [F.relu(x.linear(self.enc_1))]
+        states = [F.relu(x.linear(self.enc_1), inplace=True)]  # in place: no backward pass reads what stood there
         for number in range(2, self.hidden + 1):
-            states.append(F.relu(getattr(self, f"enc_{number}")(states[-1])))
+            states.append(F.relu(getattr(self, f"enc_{number}")(states[-1]), inplace=True))
         return states
 
     def encode(self, x: Features | Tensor) -> Tensor:
@@ -86,7 +86,7 @@ class AutoEncoder(nn.Module, PyTorchModelHubMixin):
     def decode(self, z: Tensor) -> Tensor:
         """(N, last hidden width): the decoder up to its last layer."""
         for number in range(1, self.decoder_hidden + 1):
-            z = F.relu(getattr(self, f"dec_{number}")(z))
+            z = F.relu(getattr(self, f"dec_{number}")(z), inplace=True)
         return z
 
     def reconstruct(self, z: Tensor) -> Tensor:

@@ -16,10 +16,10 @@ from accelerate.utils import parse_flag_from_env
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from common.checkpoint import load_model, save_model
+from common.checkpoint import save_model
 from common.engine import Fitted, Training, fit, mean_over_processes, seed_everything
 from common.recipe import parse, to_yaml
-from projects.scgc.data import Blocks, Data, Links, load
+from projects.scgc.data import Blocks, Data, load
 from projects.scgc.features import Features
 from projects.scgc.model import EMBEDDING, WIDTHS, AutoEncoder
 
@@ -99,6 +99,11 @@ class Plan(Sequence[Step]):
     def epochs(self) -> int:
         return -(-self.total // self.per_epoch)
 
+    @property
+    def smallest(self) -> int:
+        """Nodes of an epoch's last batch."""
+        return self.nodes if self.batch_size is None else self.nodes - (self.per_epoch - 1) * self.batch_size
+
     def __getitem__(self, step: int) -> Step:  # type: ignore[override]
         if not 0 <= step < self.total:
             raise IndexError(step)
@@ -146,6 +151,7 @@ def adam(model: nn.Module, lr: float) -> torch.optim.Adam:
 
 def follow(model: nn.Module, loss: object, plan: Plan, lr: float, training: Training, folder: Path, *, recipe: object, seed: int) -> Fitted:
     """`common.engine.fit` over a plan: to the engine the whole plan is one epoch, so states are kept every tenth of it unless said otherwise."""
+    part_of(plan.smallest)  # refuses too many processes now, not at the end of an epoch
     every = max(1, len(plan) // 10) if training.checkpoint_every is None else training.checkpoint_every
     return fit(
         model,
@@ -172,10 +178,7 @@ def main(recipe: Recipe, data: Data | None = None) -> AutoEncoder:
     """
     device = start_processes()
     if data is None:
-        graph = Links(k=3) if recipe.data in ("usps", "hhar", "reut") else Links()  # the features are the same with every k
-        data = load(
-            recipe.data, data_root=recipe.data_root, cache=recipe.cache, k=graph.k, blocks=recipe.blocks, links=graph, seed=recipe.seed
-        )
+        data = load(recipe.data, data_root=recipe.data_root, cache=recipe.cache, build="none", blocks=recipe.blocks, seed=recipe.seed)
     x = Features(data.x).to(device)
     seed_everything(recipe.seed)
     model = AutoEncoder(x.shape[1], [*recipe.network.encoder, recipe.network.embedding], recipe.network.decoder)
@@ -190,11 +193,6 @@ def main(recipe: Recipe, data: Data | None = None) -> AutoEncoder:
     if is_main():
         save_model(model, recipe.folder, recipe=to_yaml(recipe))
     return model
-
-
-def trained(recipe: Recipe) -> AutoEncoder:
-    """The finished auto-encoder of a run folder."""
-    return load_model(AutoEncoder, recipe.folder)
 
 
 if __name__ == "__main__":

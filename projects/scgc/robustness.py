@@ -18,7 +18,7 @@ from common.recipe import parse
 from common.results import Record, picture_path, save_record
 from projects.scgc import cluster, pictures
 from projects.scgc.data import GENERATED, Data
-from projects.scgc.evaluate import score_seed
+from projects.scgc.evaluate import is_demo, score_seed
 from projects.scgc.graph import facts, transition
 from projects.scgc.metrics import scores
 from projects.scgc.pretrain import is_main
@@ -82,7 +82,7 @@ def smoothed(recipe: cluster.Recipe, data: Data) -> dict[str, float]:
 def main(recipe: Recipe) -> dict[str, dict[float, list[float]]]:
     """ACC (%) at the last epoch by method, value and seed; records and a picture are saved."""
     found: dict[str, dict[float, list[float]]] = {}
-    demo = recipe.base.data == GENERATED
+    demo = is_demo(recipe.name)
     for method in recipe.methods:
         for value in recipe.points:
             seconds, homophily, found_here = 0.0, [], []

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -73,6 +76,32 @@ def test_large_batch_in_tiles_is_the_dense_form_and_the_shared_loss() -> None:
     weighted_positives(unit(third), index, full[index[0], index[1]], 0.25).loss.backward()
     assert (z.grad - same.grad).norm() < 3e-6 * same.grad.norm()
     assert (z.grad - third.grad).norm() < 3e-6 * same.grad.norm()
+
+
+def test_memory_grows_with_nodes_and_entries_alone() -> None:
+    """50,000 nodes and 1.45 million weights, value and gradient, in a process of their own; one N x N array would take 9.3 GiB."""
+    code = """
+import resource
+import numpy as np, torch
+from projects.scgc.contrast import Structure, contrast
+from projects.scgc.graph import transition
+torch.set_num_threads(1)
+nodes = 50_000
+start = np.arange(nodes).repeat(14)
+edges = np.stack([start, (start + np.tile(np.arange(1, 15), nodes)) % nodes], 1)
+structure = Structure.of(transition(edges, nodes))
+z = torch.randn(nodes, 10, generator=torch.Generator().manual_seed(0)).requires_grad_()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+loss = contrast(z, structure, 0.25).per_row.mean()
+loss.backward()
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(structure.entries, bool(z.grad.isfinite().all()), (after - before) / 1024, float(loss.detach()))
+"""
+    root = Path(__file__).parents[3]
+    out = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout.split()
+    assert out[:2] == ["1450000", "True"]
+    assert float(out[2]) < 400, "MiB above what the graph and the embeddings take"
+    assert float(out[3]) == pytest.approx(math.log(50_000), rel=0.05)  # random embeddings: every pair weighs alike
 
 
 def test_the_temperature_multiplies_and_the_self_term_stays() -> None:

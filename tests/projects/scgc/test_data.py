@@ -16,6 +16,7 @@ from projects.scgc.graph import check_edges, facts, knn_edges
 
 X = np.array([[0.5, 1, 0], [0, 1, 0], [1, 1, 0], [0, 0, 2]], dtype=np.float32)
 Y = np.array([1, 1, 2, 3])
+RECIPES = Path(__file__).parents[3] / "projects" / "scgc" / "recipes"
 EDGES = "0 1\r\n1 0\r\n2 1\r\n"
 
 
@@ -51,6 +52,7 @@ def test_text_layout_and_its_parsed_copy(text: Path) -> None:
     np.savetxt(text / "sdcn/data/own.txt", 2 * X)  # another content, another copy
     np.testing.assert_array_equal(get(text).x, 2 * X)
     assert len(get(text, k=1, build="heat").edges) == 4
+    assert get(text, k=5, build="none").edges.shape == (0, 2)  # features alone: a graph that is not there is not asked for
 
 
 def test_archive_layout(tmp_path: Path) -> None:
@@ -143,6 +145,8 @@ def test_node_numbers(text: Path) -> None:
 def test_missing_files(text: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"own5_graph\.txt, found own3_graph\.txt, own_graph\.txt; set graph\.k"):
         get(text, k=5)
+    with pytest.raises(FileNotFoundError, match="acm, dblp and cite have one graph, without k"):
+        get(text, k=5)
     with pytest.raises(FileNotFoundError, match=r"other, features: expected .*other.txt"):
         get(text, "other")
     empty = tmp_path / "empty"
@@ -160,6 +164,7 @@ def test_sets_without_features(name: str, tmp_path: Path) -> None:
     np.savetxt(tmp_path / f"sdcn/data/{name}.txt", X)
     with pytest.warns(UserWarning, match=f"{name}: the published set has . classes, these labels 3"):
         assert get(tmp_path, name, k=3).x.shape == (4, 3)
+    assert len(list((tmp_path / "cache").glob(f"{name}-*.npy"))) == 1
 
 
 def test_features_and_labels(tmp_path: Path) -> None:
@@ -192,6 +197,38 @@ def test_recipes_name_the_value_that_is_out_of_range(field: dict[str, object]) -
         read_recipe(Recipe, **field)
 
 
+# alpha, beta, R, tau, lr of SCGC and of SCGC*, and k: the commands of the reference's README
+PUBLISHED = {
+    "usps": ((1, 0.1, 4, 0.5, 1e-3), (4, 0.1, 4, 0.25, 1e-3), 3),
+    "hhar": ((1, 10, 4, 2.25, 1e-3), (1, 10, 3, 2.25, 1e-3), 5),
+    "reut": ((3, 0.1, 3, 1, 1e-3), (0.5, 0.1, 3, 0.25, 1e-3), 3),
+    "acm": ((0.5, 0.1, 2, 0.25, 1e-3), (1, 0.1, 1, 0.25, 1e-3), None),
+    "dblp": ((0.5, 0.1, 1, 0.25, 1e-3), (1, 0.1, 1, 0.25, 1e-3), None),
+    "cite": ((1, 0.1, 1, 0.25, 1e-4), (1, 0.1, 1, 0.25, 1e-4), None),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_recipes_are_the_published_configurations(name: str) -> None:
+    scgc, star, k = PUBLISHED[name]
+    for variant, suffix, want in (("scgc", "", scgc), ("scgc_star", "_star", star)):
+        recipe = read_recipe(Recipe, RECIPES / f"{name}{suffix}.yaml")
+        assert (recipe.name, recipe.data, recipe.variant, recipe.graph.k) == (f"{name}{suffix}", name, variant, k)
+        assert (recipe.alpha, recipe.beta, recipe.order, recipe.tau, recipe.lr) == want
+        assert (recipe.network.encoder, recipe.network.embedding, recipe.network.decoder) == ([500, 500, 2000], 10, [2000, 500, 500])
+        assert (recipe.nu, recipe.restarts, recipe.training.epochs, recipe.batch_size, len(recipe.seeds)) == (1, 20, 200, None, 10)
+        assert (recipe.pretrain.training.epochs, recipe.pretrain.batch_size, recipe.pretrain.lr) == (30, 256, 1e-3)
+    assert read_recipe(Recipe, RECIPES / f"{name}_star.yaml").autoencoder == read_recipe(Recipe, RECIPES / f"{name}.yaml").autoencoder
+
+
+@pytest.mark.parametrize(("suffix", "alpha"), [("", 0.5), ("_star", 1)])
+def test_the_ordering_is_the_demo_on_more_draws(suffix: str, alpha: float) -> None:
+    demo, longer = (read_recipe(Recipe, RECIPES / f"{name}{suffix}.yaml") for name in ("demo", "ordering"))
+    assert replace(longer, name=demo.name, seeds=demo.seeds, compare=demo.compare) == demo
+    assert (demo.blocks, demo.graph, demo.seeds, len(longer.seeds)) == (Blocks(), Links(), [0, 1, 2, 3], 10)
+    assert (demo.alpha, demo.beta, demo.order, demo.tau, demo.lr, demo.training.epochs) == (alpha, 0.1, 1, 0.25, 3e-3, 200)
+
+
 def test_graph_options() -> None:
     with pytest.raises(ValueError, match=r"graph.build=heat: expected graph.k"):
         Links(build="heat")
@@ -217,6 +254,9 @@ def test_without_labels_assignments_are_kept_and_scores_are_not_made_up(tmp_path
     with pytest.raises(ValueError, match="own has no labels to count; give the number of clusters"):
         cluster.main(recipe)
     assert evaluate.main(replace(recipe, clusters=3)) == {}
+    labelled = replace(cluster.read(recipe), y=np.arange(40) % 2)
+    with pytest.warns(UserWarning, match="clusters=3: own has 2 classes; 3 clusters are used"):
+        assert len(cluster.build(replace(recipe, clusters=3), labelled).cluster_layer) == 3
     assert "metrics are skipped" in capsys.readouterr().out
     assert np.load(tmp_path / "runs/bare/seed-0/assignments.npy").shape == (2, 40)
     with pytest.raises(ValueError, match="wrong edges need labels"):

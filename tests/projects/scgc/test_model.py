@@ -65,7 +65,14 @@ def test_objective_adds_its_terms() -> None:
 
 
 def test_sizes_are_those_of_the_configurations() -> None:
-    counted = {(256, 10): (2_802_366, 1_401_110), (1870, 3): (4_417_910, 2_208_040), (3703, 6): (6_252_773, 3_124_570)}
+    counted = {
+        (256, 10): (2_802_366, 1_401_110),
+        (561, 6): (3_107_631, 1_553_570),
+        (2000, 4): (4_548_050, 2_273_050),
+        (1870, 3): (4_417_910, 2_208_040),
+        (334, 4): (2_880_384, 1_440_050),
+        (3703, 6): (6_252_773, 3_124_570),
+    }
     for (dim, clusters), want in counted.items():
         found = tuple(sum(p.numel() for p in SCGC(dim, clusters, **form).parameters()) for form in ({}, {"decoder": None}))
         assert found == want

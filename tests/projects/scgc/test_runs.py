@@ -16,9 +16,11 @@ from torch import Tensor
 from common import results
 from common.checkpoint import load_model
 from common.engine import NonFiniteLoss, Training
+from common.probes import kmeans
 from projects.scgc import cluster, evaluate, pretrain, robustness
 from projects.scgc.cluster import Pretraining, Recipe
 from projects.scgc.data import Blocks, Links
+from projects.scgc.metrics import scores
 from projects.scgc.model import SCGC
 from projects.scgc.pretrain import Network, Plan, shares
 from tests.processes import Pair
@@ -44,7 +46,7 @@ def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Records and pictures of runs made here go to a folder of their own."""
     monkeypatch.setattr(results, "PROJECTS", tmp_path / "projects")
     monkeypatch.setattr(results, "demo_folder", lambda paper: tmp_path / "demo" / paper)
-    return tmp_path / "demo" / "scgc"
+    return tmp_path / "projects" / "scgc" / "results"
 
 
 def state(run: cluster.Clustering) -> dict[str, Tensor]:
@@ -170,14 +172,17 @@ def test_two_processes_are_one(variant: Any, batch_size: int | None, tmp_path: P
 
 def test_shares_are_even_and_never_empty() -> None:
     assert shares(101, 4) == [26, 25, 25, 25]
+    smallest = [Plan(101, size, TINY.training, 0).smallest for size in (None, 50, 101, 33)]
+    assert smallest == [101, 1, 101, 2]
     with pytest.raises(ValueError, match="batch of 1 nodes: expected at least one for each of 2 processes"):
         shares(1, 2)
 
 
-def test_a_row_in_one_command(tmp_path: Path, records: Path) -> None:
-    recipe = replace(TINY, compare=["kmeans-x", "kmeans-ae", "no-structure", "shuffled"], out=str(tmp_path / "runs"))
+def test_a_row_in_one_command(tmp_path: Path, records: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = replace(TINY, compare=["kmeans-x", "kmeans-ae", "kmeans-unit", "no-structure", "shuffled"], out=str(tmp_path / "runs"))
     found = evaluate.main(recipe)
-    assert set(found) == {"tiny", "kmeans-x", "kmeans-ae", "no-structure", "shuffled"}
+    assert set(found) == {"tiny", "kmeans-x", "kmeans-ae", "kmeans-unit", "no-structure", "shuffled"}
+    assert "ACC at epochs [5, 5]" in capsys.readouterr().out  # the last ones
     for score in found["tiny"].values():
         assert all(score["best"][name] >= score["last"][name] for name in ("ACC", "NMI", "ARI", "F1"))
         assert score["last_epoch"] == 5
@@ -186,7 +191,7 @@ def test_a_row_in_one_command(tmp_path: Path, records: Path) -> None:
     for seed in (0, 1):  # epoch 0 is K-means on the auto-encoder
         assert found["tiny"][seed]["start"]["ACC"] == pytest.approx(found["kmeans-ae"][seed]["only"]["ACC"])
     kept = [json.loads(path.read_text()) for path in records.glob("*.json")]
-    assert len(kept) == 3 * 4 * 3 + 2 * 4  # three rows of training by three rules, two of K-means
+    assert len(kept) == 3 * 4 * 3 + 3 * 4  # three rows of training by three rules, three of K-means
     best = next(r for r in kept if r["metric"] == "ACC (%), best epoch" and r["extra"]["row"] == "tiny")
     assert best["values"] == [found["tiny"][seed]["best"]["ACC"] for seed in (0, 1)]
     assert "labels choose the epoch" in best["extra"]["rule"]
@@ -196,7 +201,18 @@ def test_a_row_in_one_command(tmp_path: Path, records: Path) -> None:
     evaluate.main(recipe)
     assert len(list((tmp_path / "runs").rglob("model.safetensors"))) == count
     loaded = load_model(SCGC, tmp_path / "runs/tiny/seed-0")
-    assert loaded.predict(cluster.Features(cluster.read(TINY).x)).shape == (101,)
+    x = cluster.Features(cluster.read(TINY).x)
+    assert loaded.predict(x).shape == (101,)
+    code = torch.nn.functional.normalize(loaded.ae.encode(x).detach(), dim=1)
+    again = kmeans(code, 3, restarts=TINY.restarts, seed=0).labels.numpy()
+    assert found["kmeans-unit"][0]["only"]["ACC"] == pytest.approx(100 * scores(cluster.read(TINY).y, again)["ACC"])
+
+
+def test_figures_of_the_demo_stay_out_of_results(tmp_path: Path, records: Path) -> None:
+    evaluate.main(replace(TINY, name="demo_tiny", seeds=[0], out=str(tmp_path / "runs")))
+    assert not list(records.glob("*.json"))
+    assert len(list((tmp_path / "demo/scgc").glob("demo_tiny-*.json"))) == 3 * 4
+    assert (tmp_path / "demo/scgc/demo_tiny_embedding.png").is_file()
 
 
 def test_one_auto_encoder_for_all_repetitions_where_the_recipe_says_so() -> None:
