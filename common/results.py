@@ -278,6 +278,13 @@ def _index_table() -> str:
     return _markdown(lines)
 
 
+def _folded(paper: str) -> str:
+    """Rows of a paper that were run, behind a line that opens on a click."""
+    shown = table(paper, only_run=True)
+    rows = max(sum(line.startswith("|") for line in shown.splitlines()) - 2, 0)
+    return f"<details><summary>{paper}: {rows} row{'' if rows == 1 else 's'}</summary>\n\n{shown}\n\n</details>"
+
+
 def rendered() -> dict[Path, str]:
     """What every README with rendered parts should hold now."""
     out: dict[Path, str] = {}
@@ -286,7 +293,7 @@ def rendered() -> dict[Path, str]:
         out[path] = between_markers(path.read_text(), table(paper), path=str(path))
     path = ROOT / "README.md"
     text = between_markers(path.read_text(), _index_table(), "<!-- index:start -->", "<!-- index:end -->")
-    obtained = "\n\n".join(f"### {paper}\n\n{table(paper, only_run=True)}" for paper in papers())
+    obtained = "\n\n".join(_folded(paper) for paper in papers())
     out[path] = between_markers(text, obtained)
     return out
 
