@@ -21,8 +21,6 @@ from common.patch import grid_positions
 
 FLEX_TOKENS = 1024
 """Tokens from which a GPU computes the bias inside the attention kernel: at 1,024 a table of 16 heads takes 64 MiB a sample, at 3,969 it takes 1 GB."""
-
-
 SHORT = 64
 """Tokens up to which plain products are faster than the fused attention on a CPU (measured at 9, 36 and 56; at 112 they are not)."""
 

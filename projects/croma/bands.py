@@ -6,12 +6,16 @@ A normalised image holds the optical bands first, then the radar bands, as uint8
 
 from __future__ import annotations
 
+import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from common.checkpoint import write_text
 
 OPTICAL = ("B1", "B2", "B3", "B4", "B5", "B6", "B7", "B8", "B8A", "B9", "B11", "B12")
 RADAR = ("VV", "VH")
@@ -19,6 +23,8 @@ EUROSAT = ("B1", "B2", "B3", "B4", "B5", "B6", "B7", "B8", "B9", "B10", "B11", "
 """Order of the files as distributed: B8A last."""
 LARGEST_MISSING = 0.1
 """Share of a channel that may be missing and is then filled."""
+KEPT = "statistics.json"
+"""File of a run folder with the constants of its images."""
 
 
 class Statistics(NamedTuple):
@@ -48,6 +54,18 @@ FMOW_OPTICAL = Statistics(
     (1370.19, 1184.38, 1120.77, 1136.26, 1263.74, 1645.40, 1846.87, 1762.60, 1972.62, 582.73, 1732.16, 1247.92),
     (633.15, 650.28, 712.13, 965.23, 948.98, 1108.07, 1258.36, 1233.15, 1364.39, 472.38, 1310.37, 1087.60),
 )
+
+
+def keep_statistics(folder: Path, by_sensor: Mapping[str, Statistics]) -> None:
+    """Write the constants of "optical" and "radar" that a model was trained with beside its weights."""
+    write_text(folder / KEPT, json.dumps({sensor: found._asdict() for sensor, found in by_sensor.items()}, indent=1) + "\n")
+
+
+def kept_statistics(folder: Path) -> dict[str, Statistics]:
+    """What `keep_statistics` wrote; empty where there is nothing (an official checkpoint is a file)."""
+    path = folder / KEPT
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    return {sensor: Statistics(tuple(each["mean"]), tuple(each["std"])) for sensor, each in found.items()}
 
 
 def band_name(name: str) -> str:

@@ -28,6 +28,7 @@ from projects.croma import rasters
 from projects.croma.bands import (
     EUROSAT,
     OPTICAL,
+    RADAR,
     SSL4EO_OPTICAL,
     SSL4EO_RADAR,
     Statistics,
@@ -37,6 +38,7 @@ from projects.croma.bands import (
     statistics_of,
     to_bytes,
 )
+from projects.croma.metrics import VOID
 from projects.croma.scenes import CLASSES, Scenes, scenes
 
 PAIR_STATISTICS = SSL4EO_OPTICAL + SSL4EO_RADAR
@@ -65,12 +67,26 @@ class Task:
     test: Split
     split: str
     sha256: str
+    statistics: Statistics | None = None
+    """Constants that scaled the images, in the order of the channels; None = not told."""
 
     def sensor_images(self, images: Tensor) -> dict[str, Tensor]:
         """Images (B, C, H, W) by sensor."""
         if self.channels == ("optical", "radar"):
             return {"optical": images[:, : len(OPTICAL)], "radar": images[:, len(OPTICAL) :]}
         return {self.channels[0]: images}
+
+    def sensor_statistics(self) -> dict[str, Statistics]:
+        """Constants by sensor; empty where they were not told."""
+        if self.statistics is None:
+            return {}
+        return by_sensor(self.statistics) if self.channels == ("optical", "radar") else {self.channels[0]: self.statistics}
+
+
+def by_sensor(statistics: Statistics) -> dict[str, Statistics]:
+    """Constants of 14 channels, optical first, apart."""
+    every = OPTICAL + RADAR
+    return {"optical": statistics.of(every, OPTICAL), "radar": statistics.of(every, RADAR)}
 
 
 # -- pre-training ---------------------------------------------------------------------------------------------------------
@@ -140,7 +156,7 @@ def pretraining_images(
 
     Args:
         name: "scenes" = `count` generated scenes of `side` pixels; "pairs" = six real BigEarthNet pairs, each `repeats` times, beside such scenes;
-            "ssl4eo", "bigearthnet" = what `prepare` wrote.
+            "ssl4eo", "bigearthnet" = what `prepare` wrote (with split lists: the training split).
         seed: offset of the scenes' numbers; those of tasks are others (from 10 million on).
     """
     if name in ("ssl4eo", "bigearthnet"):
@@ -149,17 +165,22 @@ def pretraining_images(
             f"{name}, prepared",
             f"run python -m projects.croma.prepare --layout {name} --source <folder as published> --out <data root>/{name}-prepared",
         )
-        images = np.load(folder / "images.npy", mmap_mode="r")
+        place = folder / "images.npy"
+        place = require(place if place.is_file() else folder / "train" / "images.npy", f"{name}, prepared", "run `prepare` again")
+        images = np.load(place, mmap_mode="r")
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != 14:
-            raise ValueError(
-                f"{folder / 'images.npy'}: expected uint8 (N, 14, H, W) as `prepare` writes it, got {images.dtype} {images.shape}"
-            )
+            raise ValueError(f"{place}: expected uint8 (N, 14, H, W) as `prepare` writes it, got {images.dtype} {images.shape}")
         return [images]
     generated = pool(seed * 100_000, count, side)[0]
     if name == "scenes":
         return [generated]
     pairs = np.stack([rasters.read_pair(pair, 120, PAIR_STATISTICS).numpy() for pair in six_pairs(data_root)])
     return [np.concatenate([pairs] * repeats), generated]
+
+
+def pretraining_statistics(name: PretrainingData, side: int = 48) -> Statistics:
+    """Constants that scale the images of `pretraining_images`; of "pairs" those of the real ones."""
+    return scene_statistics(side) if name == "scenes" else PAIR_STATISTICS
 
 
 @lru_cache(maxsize=4)
@@ -213,7 +234,8 @@ def load_task(
     Args:
         name: "scenes" = generated, classes present (multi-label); "scene-maps" = the same scenes with their maps; "eurosat" = 13-band EuroSAT tiles,
             `<data root>/[sentinel/]eurosat_ms/<class>/*.tif` with `split.csv`; "bigearthnet" = what `prepare` wrote, 19 labels;
-            "folder" = `<data root>/<train|val|test>/{images,labels}.npy` with task.json (name, kind, channels, classes).
+            "folder" = `<data root>/<train|val|test>/{images,labels}.npy` with task.json (name, kind, channels, classes; statistics: means and
+            deviations of the channels, where `infer` is to know them).
         train, test, side: of the generated scenes.
         share: of the training split, every 1/share-th sample (the papers' 10 % protocols).
     Raises:
@@ -234,11 +256,12 @@ def _scene_task(name: str, train: int, test: int, side: int) -> Task:
         splits.append(Split(images, found.present() if name == "scenes" else found.classes))
     kind: Any = "multi" if name == "scenes" else "segmentation"
     about = f"scenes {TASK_SCENES} to {TASK_SCENES + train + test - 1}, the last {test} for test"
-    return Task(name, kind, ("optical", "radar"), len(CLASSES), splits[0], splits[1], splits[1], about, "generated")
+    constants = scene_statistics(side)
+    return Task(name, kind, ("optical", "radar"), len(CLASSES), splits[0], splits[1], splits[1], about, "generated", constants)
 
 
 def _eurosat(folder: Path) -> Task:
-    listed = require(folder / "split.csv", "EuroSAT (13 bands)", "a CSV with the columns split (train, val, test), label, file")
+    listed = require(folder / "split.csv", "EuroSAT (13 bands)", "a CSV with the columns split (train, test, perhaps val), label, file")
     with listed.open() as stream:
         rows = list(csv.DictReader(stream))
     classes = sorted({row["label"] for row in rows})
@@ -250,21 +273,26 @@ def _eurosat(folder: Path) -> Task:
         values, names = rasters.read_image(folder / row["file"], EUROSAT)
         images[row["split"]].append(fill_missing(check_optical(values, names), row["file"]))
         labels[row["split"]].append(classes.index(row["label"]))
+    if not images["train"] or not images["test"]:
+        raise ValueError(f"{listed}: expected rows of the splits train and test, found {len(images['train'])} and {len(images['test'])}")
     statistics = statistics_of(torch.stack(images["train"]))  # L1C: its own constants, from the training split
     splits = {
-        part: Split(to_bytes(normalise(torch.stack(images[part]), statistics)).numpy(), torch.tensor(labels[part])) for part in images
+        part: Split(to_bytes(normalise(torch.stack(found), statistics)).numpy(), torch.tensor(labels[part]))
+        for part, found in images.items()
+        if found
     }
-    about = f"split.csv: {', '.join(f'{len(labels[part])} {part}' for part in images)}"
+    about = f"split.csv: {', '.join(f'{len(labels[part])} {part}' for part in splits)}"
     return Task(
         "EuroSAT",
         "single",
         ("optical",),
         len(classes),
         splits["train"],
-        splits["val"],
+        splits.get("val", splits["test"]),
         splits["test"],
         about,
         checksum([listed, *(folder / row["file"] for row in rows)]),
+        statistics,
     )
 
 
@@ -291,10 +319,11 @@ def _folder(folder: Path) -> Task:
                 f"{place}: expected uint8 images (N, {expected}, H, W) for channels {about['channels']} and N labels, "
                 f"got {images.dtype} {images.shape} and {tuple(labels.shape)}"
             )
-        void = 255 if about["kind"] == "segmentation" else -1
-        bad = labels[(labels != void) & ((labels < 0) | (labels >= (2 if about["kind"] == "multi" else about["classes"])))]
+        top = 2 if about["kind"] == "multi" else about["classes"]
+        outside = (labels < 0) | (labels >= top)
+        bad = labels[outside & (labels != VOID) if about["kind"] == "segmentation" else outside]
         if bad.numel():
-            raise ValueError(f"{place}/labels.npy: expected classes 0 to {about['classes'] - 1}, found {int(bad[0])}")
+            raise ValueError(f"{place}/labels.npy: expected classes 0 to {top - 1}, found {int(bad[0])}")
         splits[part] = Split(images, labels)
     test = splits.get("test") or splits.get("val")
     if test is None:
@@ -311,6 +340,7 @@ def _folder(folder: Path) -> Task:
         test,
         listed,
         digest,
+        Statistics(*map(tuple, about["statistics"])) if "statistics" in about else None,
     )
 
 

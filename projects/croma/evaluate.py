@@ -1,7 +1,7 @@
 """Obtain a table row: pre-train what is missing (or read an official checkpoint), probe the frozen encoders, save the records, print them.
 
 `python -m projects.croma.evaluate --config projects/croma/recipes/demo.yaml`. Experiments: "probes" = one vector an image, every protocol and
-sensor asked for; "scenes" = the embedded default (classes present, patch maps, retrieval, larger images), beside variants that switch one thing off.
+sensor asked for; "scenes" = the embedded default (classes present, patch maps, retrieval, larger images), beside variants that switch one thing off and probes without a network.
 Fine-tuning and segmentation: `projects.croma.finetune`.
 """
 
@@ -29,11 +29,12 @@ from projects.croma.model import CROMA, Encoders, Sensors
 from projects.croma.pretrain import Recipe as Pretraining
 from projects.croma.pretrain import is_main
 from projects.croma.pretrain import main as pretrain
-from projects.croma.probing import Pool, Probes, Protocol, probe, probe_patches, retrieval, vectors
+from projects.croma.probing import Pool, Probes, Protocol, patch_features, probe, probe_patches, retrieval, vectors
 from projects.croma.weights import load_encoders
 
 PAPER = "croma"
 Variant = Literal[
+    "raw-means",
     "untrained",
     "contrastive-only",
     "reconstruction-only",
@@ -88,7 +89,7 @@ class Recipe:
     larger: list[PositiveInt] = field(default_factory=lambda: [2, 4])
     """Factors of the side at which the patch probe is tested again."""
     compare: list[Variant] = field(default_factory=list)
-    """Variants measured beside (experiment: scenes)."""
+    """Variants measured beside (experiment: scenes); raw-means = the probes on channel means of each patch, without a network."""
     demo: bool = False
     """Records and pictures go to the report of embedded defaults."""
     seeds: list[NonNegativeInt] = field(default_factory=lambda: [0, 1, 2])
@@ -106,26 +107,35 @@ class Recipe:
 # -- the embedded default -------------------------------------------------------------------------------------------------
 
 
-def scene_figures(model: CROMA, recipe: Recipe) -> dict[str, float]:
-    """Figures of one model on generated scenes, in per cent: (a) mAP of the classes present, (b) class of each patch, (c) retrieval, (d) larger sides."""
+def scene_figures(model: CROMA | None, recipe: Recipe) -> dict[str, float]:
+    """Figures of one model on generated scenes, in per cent: (a) mAP of the classes present, (b) class of each patch, (c) retrieval, (d) larger sides.
+
+    Without a model (a), (b) and (d) of each patch's channel means; (a) then takes their mean and deviation over the scene.
+    """
+    encoders = None if model is None else model.encoders
     side = int(recipe.pretrain.size)
     present = load_task("scenes", train=recipe.train, test=recipe.test, side=side)
     maps = load_task("scene-maps", train=recipe.train, test=recipe.test, side=side)
     larger = [load_task("scene-maps", train=1, test=max(4, recipe.test // factor**2), side=factor * side) for factor in recipe.larger]
     out = {}
     for sensors in SENSORS:
-        found = vectors(model.encoders, present, sensors, recipe.pool)
+        if encoders is not None:
+            found = vectors(encoders, present, sensors, recipe.pool)
+        else:
+            means = {part: patch_features(None, present, getattr(present, part).images, sensors) for part in ("train", "test")}
+            found = {part: torch.cat([each.mean(1), each.std(1)], 1) for part, each in means.items()}
         head, _ = linear_probe_lbfgs(
             (found["train"], present.train.labels), (found["test"], present.test.labels), multi_label=True, l2=1e-2, max_iter=100
         )
         with torch.no_grad():
             out[f"mAP, {sensors} (%)"] = 100 * mean_average_precision(present.test.labels, head(found["test"]))
     for sensors in SENSORS:
-        _, scores = probe_patches(model.encoders, maps, larger if sensors == "joint" else [], sensors)
+        _, scores = probe_patches(encoders, maps, larger if sensors == "joint" else [], sensors)
         out[f"patch accuracy, {sensors} (%)"] = scores[0]
         for factor, score in zip(recipe.larger, scores[1:], strict=False):
             out[f"patch accuracy, joint, {factor} x side (%)"] = score
-    out["retrieval (%)"] = retrieval(model, present)
+    if model is not None:
+        out["retrieval (%)"] = retrieval(model, present)
     return out
 
 
@@ -151,20 +161,20 @@ def model_of(recipe: Recipe, what: str, seed: int) -> CROMA:
 
 
 def score_scenes(recipe: Recipe, what: str, seed: int) -> dict[str, float]:
-    """Figures of one seed of the method ("full") or a variant; kept in score.json beside the run."""
+    """Figures of one seed of the method ("full") or a variant; kept as scores-<seed>/<what>.json beside the run."""
     began = time.monotonic()
     folder = Path(recipe.out) / recipe.pretrain.name / f"scores-{seed}"
     check_recipe(folder, to_yaml(replace(recipe, compare=[], seeds=[seed])))
     kept = folder / f"{what}.json"
     if kept.is_file():
         return json.loads(kept.read_text())
-    model = model_of(recipe, what, seed)
+    model = None if what == "raw-means" else model_of(recipe, what, seed)
     found = scene_figures(model, recipe)
     found["seconds"] = round(time.monotonic() - began, 1)
     if is_main():
         write_text(folder / "recipe.yaml", to_yaml(replace(recipe, compare=[], seeds=[seed])))
         write_text(kept, json.dumps(found))
-        if what == "full" and seed == recipe.seeds[0]:
+        if model is not None and what == "full" and seed == recipe.seeds[0]:
             draw(model, recipe)
     return found
 
@@ -230,7 +240,8 @@ def scenes_row(recipe: Recipe) -> dict[str, dict[str, list[float]]]:
         hours = sum(one["seconds"] for one in found) / 3600
         out[what] = {name: [one[name] for one in found] for name in found[0] if name != "seconds"}
         for metric, values in out[what].items():
-            _record(recipe, what, metric, values, "untrained" if what == "untrained" else "trained here", data, hours)
+            weights = {"untrained": "untrained", "raw-means": "no network"}.get(what, "trained here")
+            _record(recipe, what, metric, values, weights, data, hours)
     return out
 
 

@@ -31,6 +31,7 @@ from common.recipe import parse, to_yaml
 from common.results import Record, picture_path, save_record
 from common.schedule import cosine
 from projects.croma import evaluate, pictures
+from projects.croma.bands import keep_statistics
 from projects.croma.data import Split, Task, TaskName, batches, load_task, turned
 from projects.croma.metrics import VOID, confusion, mean_iou, pixel_accuracy
 from projects.croma.model import Encoders, Sensors
@@ -291,6 +292,7 @@ def run(recipe: Recipe, task: Task, lr: float) -> tuple[Classifier | Segmenter, 
     best = max(lines, key=lambda line: line[first])
     if is_main():
         save_model(fitted.model, folder_of(recipe, lr, recipe.seed), recipe=to_yaml(recipe))
+        keep_statistics(folder_of(recipe, lr, recipe.seed), task.sensor_statistics())
     return fitted.model, {name: value for name, value in best.items() if name.startswith(("val ", "test "))} | {
         "epoch": best["epoch"],
         "lr": lr,
@@ -310,7 +312,8 @@ def main(recipe: Recipe) -> dict[str, list[float]]:
         model, best = max(runs, key=lambda pair: pair[1][first])
         chosen.append(best)
         models.append(model)
-        print(f"{recipe.name}: seed {seed}: {json.dumps(best)}", flush=True)
+        if is_main():
+            print(f"{recipe.name}: seed {seed}: {json.dumps(best)}", flush=True)
     names = [name for name in chosen[0] if name.startswith("test ")]
     out = {name.removeprefix("test "): [best[name] for best in chosen] for name in names}
     metric, values = next(iter(out.items()))
@@ -331,7 +334,7 @@ def main(recipe: Recipe) -> dict[str, list[float]]:
         )
         if task.kind == "segmentation" and recipe.sensors == "joint":
             pictures.segmentation(models[0], task, picture_path("croma", f"segmentation_{recipe.name}", demo=recipe.demo))
-    print(f"{recipe.name}: {metric} {summarise(values)}")
+        print(f"{recipe.name}: {metric} {summarise(values)}", flush=True)
     return out
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from common.checkpoint import written_aside
 from common.recipe import parse
-from projects.croma.bands import FMOW_OPTICAL, SSL4EO_OPTICAL, SSL4EO_RADAR, Statistics
+from projects.croma.bands import FMOW_OPTICAL, SSL4EO_OPTICAL, SSL4EO_RADAR, Statistics, kept_statistics
 from projects.croma.finetune import Segmenter, load_downstream
 from projects.croma.metrics import VOID
 from projects.croma.model import Encoders, Sensors
@@ -34,7 +34,7 @@ class Recipe:
     """A scene, a model, an output file."""
 
     weights: str = "runs/croma/base/seed-0"
-    """Official checkpoint, or a run folder (of pre-training; of fine-tuning for classes)."""
+    """Official checkpoint, or a run folder (of fine-tuning for classes)."""
     out: str = "features.tif"
     """GeoTIFF to write."""
     optical: str | None = None
@@ -49,13 +49,13 @@ class Recipe:
     """Tokens of an encoder, or the classes of a segmentation head."""
     sensors: Sensors = "joint"
     """Whose tokens (output: features)."""
-    constants: Literal["ssl4eo", "fmow"] = "ssl4eo"
-    """Normalisation of the optical bands."""
+    constants: Literal["kept", "ssl4eo", "fmow"] = "kept"
+    """Normalisation: what the run folder keeps (an official checkpoint keeps none: ssl4eo), or published constants for the optical bands."""
     baseline_offset: bool = False
     """The optical product has processing baseline 04.00 or later."""
-    tile: PositiveInt = 504
+    tile: PositiveInt = 496
     """Side that the encoder sees, in pixels, a multiple of 8."""
-    margin: NonNegativeInt = 64
+    margin: NonNegativeInt = 56
     """Overlap thrown away on each side, a multiple of 8."""
 
     def __post_init__(self) -> None:
@@ -81,9 +81,9 @@ def tile_classes(model: Segmenter, images: Mapping[str, Tensor]) -> Tensor:
 
 
 def write_map(
-    model: nn.Module, scene: ScenePair, out: str | Path, *, sensors: Sensors = "joint", tile: int = 504, margin: int = 64
+    model: nn.Module, scene: ScenePair, out: str | Path, *, sensors: Sensors = "joint", tile: int = 496, margin: int = 56
 ) -> Path:
-    """Run a scene through the model and write the GeoTIFF; memory is that of one tile.
+    """Run a scene through the model and write the GeoTIFF; memory is that of one tile. Tiles without data are not encoded.
 
     Args:
         model: `Encoders` (features) or `Segmenter` (classes).
@@ -112,16 +112,20 @@ def write_map(
         "compress": "deflate",
         "BIGTIFF": "IF_SAFER",
     }
+    block = (tile - 2 * margin) // step
+    if block % 16 == 0:  # what the format allows; each block is then written once, whatever the cache holds
+        profile |= {"tiled": True, "blockxsize": block, "blockysize": block}
     with written_aside(Path(out)) as aside, io.open(aside, "w", **profile) as target:
         for row, column, high, wide in scene.windows(tile, margin):
             patch = encoders.patch_size[0]
             rows, columns = -(-high // patch) * patch + 2 * margin, -(-wide // patch) * patch + 2 * margin
             images, valid = scene.read(row - margin, column - margin, rows, columns)
-            result = tile_classes(model, images) if classes else tile_features(encoders, images, sensors)
             inner = slice(margin // step, (margin + high - 1) // step + 1), slice(margin // step, (margin + wide - 1) // step + 1)
-            values = result[:, inner[0], inner[1]]
-            present = valid if classes else torch.nn.functional.max_pool2d(valid[None].float(), patch)[0] > 0
-            values = torch.where(present[inner], values, VOID if classes else torch.nan)
+            present = (valid if classes else torch.nn.functional.max_pool2d(valid[None].float(), patch)[0] > 0)[inner]
+            values = torch.full((bands, *present.shape), VOID if classes else torch.nan, dtype=torch.uint8 if classes else torch.float32)
+            if present.any():
+                result = tile_classes(model, images) if classes else tile_features(encoders, images, sensors)
+                values = torch.where(present, result[:, inner[0], inner[1]], values)
             window = io.windows.Window(column // step, row // step, values.shape[2], values.shape[1])
             target.write(np.ascontiguousarray(values.numpy()), window=window)
     return Path(out)
@@ -148,7 +152,9 @@ def main(recipe: Recipe) -> Path:
         there = [name for name, path in paths.items() if path is not None]
         raise ValueError(f"sensors={sensors} needs {list(wanted)}, got {there or 'no image'}; give --{absent[0]} or choose other sensors")
     names = {name: given for name, given in (("optical", recipe.optical_names), ("radar", recipe.radar_names)) if given is not None}
-    statistics: dict[str, Statistics] = {"optical": CONSTANTS[recipe.constants], "radar": SSL4EO_RADAR}
+    statistics: dict[str, Statistics] = {"optical": SSL4EO_OPTICAL, "radar": SSL4EO_RADAR} | kept_statistics(Path(recipe.weights))
+    if recipe.constants != "kept":
+        statistics["optical"] = CONSTANTS[recipe.constants]
     files = {name: Path(path) if path is not None and name in wanted else None for name, path in paths.items()}
     scene = ScenePair(files["optical"], files["radar"], statistics, names, recipe.baseline_offset)
     try:

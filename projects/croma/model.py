@@ -153,8 +153,8 @@ class Encoders(nn.Module, PyTorchModelHubMixin):
             radar_mask, optical_mask: only the visible patches are projected and encoded, in the order of `mask.keep`.
             joint: False = leave the joint encoder out.
         Raises:
-            ValueError: no image, wrong channels, values that were not normalised (in eval mode), sides that are no multiples of the patch or differ between sensors, masks of
-                different sizes with joint_self_bias = "cross".
+            ValueError: no image, wrong channels, values that were not normalised (in eval mode), sides that are no multiples of the patch or
+                differ between sensors, masks of different sizes with joint_self_bias = "cross".
         """
         if radar is None and optical is None:
             raise ValueError("expected a radar or an optical image, or both, got neither")

@@ -34,7 +34,7 @@ class Recipe:
     lists: dict[str, str] = field(default_factory=dict)
     """BigEarthNet: files with one optical patch name a line, by split (train, val, test)."""
     optical: Literal["s2a", "s2c"] = "s2a"
-    """SSL4EO: product of the optical images."""
+    """SSL4EO: product of the optical images; both are scaled by the constants of s2a, the only ones published for 12 bands."""
     baseline_offset: bool = False
     """Optical products have processing baseline 04.00 or later: 1000 is taken off their numbers."""
 
@@ -74,7 +74,13 @@ def main(recipe: Recipe) -> Path:
                 chosen = [by_name[name] for name in names]
                 write_images(chosen, side, aside / part / "images.npy", baseline_offset=recipe.baseline_offset)
                 np.save(aside / part / "labels.npy", torch.stack([labels_19(pair.labels) for pair in chosen]).numpy())
-            about = {"name": "BigEarthNet", "kind": "multi", "channels": ["optical", "radar"], "classes": len(LABELS_19)}
+            about = {
+                "name": "BigEarthNet",
+                "kind": "multi",
+                "channels": ["optical", "radar"],
+                "classes": len(LABELS_19),
+                "statistics": PAIR_STATISTICS,
+            }
             (aside / "task.json").write_text(json.dumps(about))
     return target
 

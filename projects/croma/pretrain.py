@@ -19,7 +19,8 @@ from common.checkpoint import save_model
 from common.engine import Training, budget, fit, seed_everything
 from common.recipe import parse, to_yaml
 from common.schedule import cosine, scaled_lr
-from projects.croma.data import Crops, PretrainingData, mixing, pretraining_images
+from projects.croma.bands import keep_statistics
+from projects.croma.data import Crops, PretrainingData, by_sensor, mixing, pretraining_images, pretraining_statistics
 from projects.croma.model import CROMA, Output, Scheme
 from projects.croma.weights import load_pretraining
 
@@ -120,7 +121,7 @@ class Recipe:
     workers: NonNegativeInt = 0
     """Processes that load data."""
     init: str | None = None
-    """Checkpoint whose weights to start from: official, or a run folder's encoders."""
+    """Checkpoint whose weights to start from: official, or a run folder, whose encoders are taken."""
     seeds: list[NonNegativeInt] = field(default_factory=lambda: [0])
     """Seeds of a table row."""
     seed: NonNegativeInt = 0
@@ -211,6 +212,7 @@ def main(recipe: Recipe) -> CROMA:
     )
     if is_main():
         save_model(fitted.model, recipe.folder, recipe=to_yaml(recipe))
+        keep_statistics(recipe.folder, by_sensor(pretraining_statistics(recipe.data, recipe.scene_side)))
     return fitted.model
 
 

@@ -145,9 +145,13 @@ def _multi(labels: Tensor, scores: Tensor, how: Probes) -> dict[str, float]:
 # -- patches and pairs ----------------------------------------------------------------------------------------------------
 
 
-def patch_features(model: Encoders, task: Task, images: np.ndarray, sensors: Sensors) -> Tensor:
-    """(N * patches, D) tokens of one encoder."""
-    return encode(model, task, images, lambda found: found.tokens(sensors), sensors, 16).flatten(0, 1)
+def patch_features(model: Encoders | None, task: Task, images: np.ndarray, sensors: Sensors) -> Tensor:
+    """(N, patches, D) tokens of one encoder; without a model the mean of each channel over each patch: what there is before learning."""
+    if model is not None:
+        return encode(model, task, images, lambda found: found.tokens(sensors), sensors, 16)
+    given = task.sensor_images(torch.from_numpy(images))
+    channels = torch.cat([given[name] for name in (("optical", "radar") if sensors == "joint" else (sensors,))], 1)
+    return torch.nn.functional.avg_pool2d(channels.float() / 255, 8).flatten(2).transpose(1, 2)
 
 
 def patch_labels(maps: Tensor, patch: int = 8) -> Tensor:
@@ -156,11 +160,11 @@ def patch_labels(maps: Tensor, patch: int = 8) -> Tensor:
     return torch.nn.functional.avg_pool2d(votes, patch).argmax(1).flatten()
 
 
-def probe_patches(model: Encoders, task: Task, others: Sequence[Task], sensors: Sensors) -> tuple[nn.Linear, list[float]]:
-    """Logistic regression from a token to its patch's class, fitted on the task's training scenes: accuracy in per cent on its test
-    scenes, then on the test scenes of `others` (larger images, same head)."""
+def probe_patches(model: Encoders | None, task: Task, others: Sequence[Task], sensors: Sensors) -> tuple[nn.Linear, list[float]]:
+    """Logistic regression from a token (see `patch_features`) to its patch's class, fitted on the task's training scenes: accuracy in
+    per cent on its test scenes, then on the test scenes of `others` (larger images, same head)."""
     pairs = [
-        (patch_features(model, one, split.images, sensors), patch_labels(split.labels))
+        (patch_features(model, one, split.images, sensors).flatten(0, 1), patch_labels(split.labels))
         for one, split in [(task, task.train), (task, task.test), *((other, other.test) for other in others)]
     ]
     head, own = linear_probe_lbfgs(pairs[0], pairs[1], classes=task.classes, max_iter=100)

@@ -344,10 +344,11 @@ class ScenePair:
         window = rasterio().windows.Window(column, row, width, height)
         images, valid = {}, torch.ones(height, width, dtype=torch.bool)
         for sensor, source in self._sources.items():
-            values = torch.from_numpy(_missing_to_nan(source.read(window=window, boundless=True, masked=True)))
+            over = row < 0 or column < 0 or row + height > self.height or column + width > self.width
+            values = torch.from_numpy(_missing_to_nan(source.read(window=window, boundless=over, masked=True)))
             inside = torch.zeros(height, width, dtype=torch.bool)
             inside[max(0, -row) : self.height - row, max(0, -column) : self.width - column] = True
-            values = torch.where(inside, values, torch.nan)
+            values = torch.where(inside & values.isfinite(), values, torch.nan)
             values = values[self._at[sensor]]
             if sensor == "optical":  # zero in all bands is what products write where they saw nothing
                 values = torch.where(values.nan_to_num(1).any(0), values, torch.nan)

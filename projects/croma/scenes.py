@@ -29,7 +29,7 @@ SPECTRA = np.array(
     dtype=np.float32,
 )
 DECIBELS = np.array([[-20, -27], [-9, -14], [-13, -20], [-12.5, -19], [-13.5, -21], [-4, -12]], dtype=np.float32)
-WIDTHS = (6.0, 6.0, 8.0, 1.0, 7.0)  # of the smooth fields: two warps, moisture, gain, cloud
+WIDTHS = (6.0, 6.0, 8.0, 7.0) + 12 * (1.0,)  # of the smooth fields: two warps, moisture, cloud, gain of each optical band
 
 
 class Scenes(NamedTuple):
@@ -57,7 +57,7 @@ def _filters(side: int) -> np.ndarray:
 
 
 def _fields(rng: np.random.Generator, side: int) -> np.ndarray:
-    """(5, S, S) smooth fields of mean 0 and deviation 1."""
+    """(len(WIDTHS), S, S) smooth fields of mean 0 and deviation 1."""
     noise = rng.standard_normal((len(WIDTHS), side, side))
     smooth = np.fft.irfft2(np.fft.rfft2(noise) * _filters(side), s=(side, side))
     smooth -= smooth.mean((1, 2), keepdims=True)
@@ -70,7 +70,7 @@ def scene(number: int, side: int = 48) -> tuple[np.ndarray, np.ndarray, np.ndarr
     weights = rng.dirichlet([0.5] * len(CLASSES))
     sites = rng.integers(4, 9) * max(1, round(side**2 / 48**2))
     where, kind = rng.random((sites, 2)) * side, rng.choice(len(CLASSES), sites, p=weights)
-    warp_y, warp_x, moisture, gain, cloud = _fields(rng, side)
+    (warp_y, warp_x, moisture, cloud), gain = np.split(_fields(rng, side), [4])
     y, x = np.mgrid[:side, :side].astype(np.float32)
     warped_y, warped_x = y + 3 * warp_y, x + 3 * warp_x
     distance = (warped_y[..., None] - where[:, 0]) ** 2 + (warped_x[..., None] - where[:, 1]) ** 2

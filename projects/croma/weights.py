@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.checkpoint import load_model
+from common.checkpoint import load_model, written_aside
 from common.weights import load_into, read_state_dict
 from projects.croma.model import CROMA, Encoders
 
@@ -145,7 +145,7 @@ def sizes_of(state: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def load_encoders(source: str | Path | Mapping[str, Tensor], *, num_heads: int = 16, **changes: Any) -> Encoders:
-    """Encoders from an official checkpoint (released, prefixed or pre-training layout), its state dict, or a run folder of ours.
+    """Encoders from an official checkpoint (released, prefixed or pre-training layout), its state dict, or any run folder of ours.
 
     Args:
         num_heads: of an official checkpoint (16 in every release); a run folder knows its own.
@@ -154,25 +154,28 @@ def load_encoders(source: str | Path | Mapping[str, Tensor], *, num_heads: int =
         FileNotFoundError: nothing there.
         ValueError: names or shapes that do not fit; the message gives the sizes found in the file.
     """
+    origin = "state dict" if isinstance(source, Mapping) else str(source)
     if not isinstance(source, Mapping):
         path = Path(source)
         if path.is_dir():
             config = json.loads((path / "config.json").read_text()) if (path / "config.json").is_file() else {}
-            if "decoder_dim" in config:
-                return load_model(CROMA, path, encoders={**(config.get("encoders") or {}), **changes}).encoders
-            return load_model(Encoders, path, **changes)
+            if "encoders" not in config and "decoder_dim" not in config:
+                return load_model(Encoders, path, **changes)
+            model = Encoders(**{**(config.get("encoders") or {}), **changes})
+            own = {name: value for name, value in read_state_dict(path / "model.safetensors").items() if name.startswith("encoders.")}
+            load_into(model, own, rename=lambda name: name.removeprefix("encoders."), origin=origin)
+            return model
     state = dict(source) if isinstance(source, Mapping) else read_checkpoint(source)
     if is_pretraining(state):
         state = {new: value for name, value in state.items() if (new := released_name(name)) is not None}
     found = {**sizes_of(state), "num_heads": num_heads}
     model = Encoders(**{**found, **changes})
-    origin = "state dict" if isinstance(source, Mapping) else str(source)
     load_into(model, state, rename=our_name, origin=f"{origin} (width {found['embed_dim']}, optical depth {found['depth']})")
     return model
 
 
 def load_pretraining(model: CROMA, source: str | Path | Mapping[str, Tensor], *, resume: bool = False) -> list[str]:
-    """Put a checkpoint into a pre-training model: all of it, or the encoders alone where the file holds no more.
+    """Put a checkpoint into a pre-training model: all of it, or the encoders alone where the file holds no more or is a run folder.
 
     Args:
         resume: insist on decoder and projections.
@@ -181,8 +184,9 @@ def load_pretraining(model: CROMA, source: str | Path | Mapping[str, Tensor], *,
     Raises:
         ValueError: the file does not fit, or `resume` with encoders only.
     """
-    state = dict(source) if isinstance(source, Mapping) else read_checkpoint(source)
     origin = "state dict" if isinstance(source, Mapping) else str(source)
+    folder = not isinstance(source, Mapping) and Path(source).is_dir()
+    state = load_encoders(source).state_dict() if folder else dict(source) if isinstance(source, Mapping) else read_checkpoint(source)
     if is_pretraining(state) and any(name.startswith("decoder.") for name in state):
         load_into(model, state, rename=our_pretraining_name, unused=["decoder.decoder_pos_embed"], origin=origin)
         return []
@@ -190,10 +194,13 @@ def load_pretraining(model: CROMA, source: str | Path | Mapping[str, Tensor], *,
         raise ValueError(
             f"{origin}: file holds encoders only; decoder and projections start fresh: pass --init instead of resuming pre-training from it"
         )
-    if is_pretraining(state):
-        state = {new: value for name, value in state.items() if (new := released_name(name)) is not None}
-    sizes = sizes_of(state)
-    load_into(model.encoders, state, rename=our_name, origin=f"{origin} (width {sizes['embed_dim']}, optical depth {sizes['depth']})")
+    if folder:
+        load_into(model.encoders, state, origin=origin)
+    else:
+        if is_pretraining(state):
+            state = {new: value for name, value in state.items() if (new := released_name(name)) is not None}
+        sizes = sizes_of(state)
+        load_into(model.encoders, state, rename=our_name, origin=f"{origin} (width {sizes['embed_dim']}, optical depth {sizes['depth']})")
     return [name for name in model.state_dict() if not name.startswith("encoders.")]
 
 
@@ -227,8 +234,6 @@ def _released_names(model: Encoders) -> list[str]:
 def convert(source: str | Path, target: str | Path) -> Path:
     """Write the released layout (five nested state dicts) of a pre-training checkpoint or of a run folder: `python -m projects.croma.weights in out`."""
     target = Path(target)
-    from common.checkpoint import written_aside
-
     with written_aside(target) as aside:
         torch.save(released_state(load_encoders(source)), aside)
     return target

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from common.probes import accuracy, linear_probe_lbfgs
 from projects.croma import bands, data, prepare, rasters
+from projects.croma import scenes as scenes_module
 from projects.croma.bands import OPTICAL, RADAR, Statistics
 from projects.croma.scenes import scenes
 
@@ -111,6 +112,8 @@ def test_scenes_depend_on_their_number_alone_and_carry_the_classes_between_the_s
     again = scenes(10, 1)
     assert torch.equal(some.optical[3], again.optical[0])
     assert torch.equal(some.radar[3], again.radar[0])
+    gain = scenes_module._fields(np.random.default_rng(0), 48)[4:]
+    assert np.abs(np.corrcoef(gain.reshape(12, -1)) - np.eye(12)).max() < 0.3  # each optical band has its own
     assert set(some.classes.unique().tolist()) <= set(range(6))
     stacked = torch.cat([some.optical, some.radar], 1)
     image = torch.nn.functional.avg_pool2d(bands.normalise(stacked, bands.statistics_of(stacked)), 8).flatten(2).transpose(1, 2)
@@ -268,6 +271,8 @@ def test_bigearthnet_becomes_a_task_by_its_lists(tmp_path: Path) -> None:
     assert [row.nonzero().flatten().tolist() for row in task.train.labels] == [[3, 4], [10]]
     assert task.test.labels[0].nonzero().flatten().tolist() == [17]  # airports belong to none of the 19
     assert task.train.images.shape == (2, 14, 120, 120)
+    assert task.sensor_statistics() == {"optical": bands.SSL4EO_OPTICAL, "radar": bands.SSL4EO_RADAR}
+    assert np.array_equal(data.pretraining_images("bigearthnet", data_root=str(tmp_path))[0], task.train.images)
     (tmp_path / "train.txt").write_text("b\nz\n")
     with pytest.raises(ValueError, match=r"1 of 2 patches are not in .*\['z'\]"):
         prepare.main(recipe)
@@ -279,7 +284,6 @@ def test_bigearthnet_becomes_a_task_by_its_lists(tmp_path: Path) -> None:
 
 
 def test_labels_of_bigearthnet() -> None:
-    assert sum(1 for name in [*rasters._MERGED, *rasters.LABELS_19] if name) > 0
     corine = set(rasters._MERGED) | {
         label for label in rasters.LABELS_19 if label.startswith(("Ind", "Past", "Complex", "Land", "Agro", "Conif", "Mixed", "Beach"))
     }
@@ -297,6 +301,9 @@ def test_a_folder_of_arrays_is_a_task(tmp_path: Path) -> None:
     (tmp_path / "task.json").write_text(json.dumps({"name": "mine", "kind": "single", "channels": ["radar"], "classes": 3}))
     with pytest.raises(ValueError, match=r"val/labels.npy: expected classes 0 to 2, found 4"):
         data.load_task("folder", data_root=str(tmp_path))
+    np.save(tmp_path / "val" / "labels.npy", np.array([0, -1, 1]))
+    with pytest.raises(ValueError, match=r"val/labels.npy: expected classes 0 to 2, found -1"):
+        data.load_task("folder", data_root=str(tmp_path))
     np.save(tmp_path / "val" / "labels.npy", np.array([0, 1, 1]))
     assert len(data.load_task("folder", data_root=str(tmp_path), share=0.5).train.labels) == 2
     (tmp_path / "val").rename(tmp_path / "other")
@@ -306,6 +313,23 @@ def test_a_folder_of_arrays_is_a_task(tmp_path: Path) -> None:
     np.save(tmp_path / "val" / "images.npy", np.zeros((3, 13, 8, 8), dtype=np.uint8))
     with pytest.raises(ValueError, match=r"uint8 images \(N, 2, H, W\)"):
         data.load_task("folder", data_root=str(tmp_path))
+
+
+def test_eurosat_may_have_two_splits_and_other_splits_are_refused(tmp_path: Path) -> None:
+    for number in range(3):
+        write(tmp_path / "eurosat_ms" / "River" / f"{number}.tif", optical(number, 13))
+    listed = tmp_path / "eurosat_ms" / "split.csv"
+    rows = [f"{part},River,River/{number}.tif" for number, part in enumerate(("train", "train", "test"))]
+    listed.write_text("split,label,file\n" + "\n".join(rows) + "\n")
+    task = data.load_task("eurosat", data_root=str(tmp_path))
+    assert (len(task.train.labels), task.val is task.test, task.split) == (2, True, "split.csv: 2 train, 1 test")
+    assert len(task.sensor_statistics()["optical"].mean) == 12
+    listed.write_text("split,label,file\n" + rows[2] + "\n")
+    with pytest.raises(ValueError, match="expected rows of the splits train and test, found 0 and 1"):
+        data.load_task("eurosat", data_root=str(tmp_path))
+    listed.write_text("split,label,file\n" + rows[2].replace("test", "holdout") + "\n")
+    with pytest.raises(ValueError, match="found 'holdout'"):
+        data.load_task("eurosat", data_root=str(tmp_path))
 
 
 def test_missing_data_says_where_it_goes(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ from projects.croma.bands import to_bytes
 from projects.croma.layers import CrossAttention, FeedForward, GapHead, SelfAttention
 from projects.croma.metrics import confusion, iou, mean_iou, pixel_accuracy, purity
 from projects.croma.model import CROMA, Encoders, Encodings
-from projects.croma.weights import is_pretraining, load_encoders, load_pretraining, released_name
+from projects.croma.weights import is_pretraining, load_encoders, load_pretraining, our_pretraining_name, released_name
 from tests.parity import Case, cases, check
 from tests.processes import Pair
 from tests.projects.croma.ranks import contrast_by_rule, contrast_of_rank
@@ -68,7 +70,8 @@ def masked_bias(case: Case) -> dict[str, Tensor]:
 
 def modules(case: Case) -> dict[str, Tensor]:
     dim, heads = case.config["dim"], case.config["heads"]
-    ours = {"attn": SelfAttention(dim, heads), "cross": CrossAttention(dim, heads), "ffn": FeedForward(dim), "gap": GapHead(dim)}
+    ratio = len(case.state["ffn.net.0.weight"]) / dim
+    ours = {"attn": SelfAttention(dim, heads), "cross": CrossAttention(dim, heads), "ffn": FeedForward(dim, ratio), "gap": GapHead(dim)}
     renamed = {
         "create_qkv": "qkv", "create_q": "q", "create_k": "k", "create_v": "v", "out": "proj", "to_out": "proj", "input_norm": "norm",
         "net.0": "mlp.fc1", "net.2": "mlp.fc2",
@@ -90,7 +93,7 @@ def modules(case: Case) -> dict[str, Tensor]:
 
 
 def _named(found: Encodings, tag: str = "") -> dict[str, Tensor]:
-    return {f"{theirs}{tag}": getattr(found, ours) for theirs, ours in OUTPUTS.items()}
+    return {f"{theirs}{tag}": value for theirs, ours in OUTPUTS.items() if (value := getattr(found, ours)) is not None}
 
 
 @torch.no_grad()
@@ -98,18 +101,16 @@ def encode(case: Case) -> dict[str, Tensor]:
     c = case.config
     sizes = {"patch_size": c["patch"], "radar_channels": c["radar_channels"], "optical_channels": c["optical_channels"]}
     model = load_encoders(case.state, num_heads=c["heads"], **sizes).eval()
-    assert (len(model.radar_encoder.stack.layers), len(model.joint_encoder.layers)) == (
-        case.config["radar_depth"],
-        case.config["joint_depth"],
-    )
+    depths = [len(stack.layers) for stack in (model.optical_encoder.stack, model.radar_encoder.stack, model.joint_encoder)]
+    assert depths == [c["encoder_depth"], c["radar_depth"], c["joint_depth"]]
     out = {}
-    for size in case.config["image_sizes"]:
-        radar, optical = case.inputs[f"radar.{size}"], case.inputs[f"optical.{size}"]
-        found = model(radar, optical)
+    for size in c["image_sizes"]:
+        given = {name: case.inputs[key] for name in ("radar", "optical") if (key := f"{name}.{size}") in case.inputs}
+        found = model(**given)
         out |= _named(found, f".{size}")
-        if case.config["encoder_dim"] <= 64:
-            assert torch.equal(model(radar=radar).radar_gap, found.radar_gap)
-            assert torch.equal(model(optical=optical).optical, found.optical)
+        if c["encoder_dim"] <= 64:
+            for name, images in given.items():
+                assert torch.equal(getattr(model(**{name: images}), f"{name}_gap"), getattr(found, f"{name}_gap"))
     return out
 
 
@@ -122,23 +123,40 @@ def convert(case: Case) -> dict[str, Tensor]:
     return _named(model(case.inputs["radar"], case.inputs["optical"]))
 
 
+def with_scale(case: Case) -> dict[str, Tensor]:
+    """The state and, where the case gives it in words ("... = 2.659..."), the logarithm of the scale."""
+    name = "global_contrast_loss.logit_scale"
+    told = case.raw.get("not_filled", {}).get(name)
+    return case.state if told is None else {**case.state, name: torch.tensor(float(told.rpartition("=")[2]))}
+
+
 def pretraining_model(case: Case) -> CROMA:
     c = case.config
+    channels = {
+        f"{name}_channels": case.state[f"{name}_encoder.linear_input.weight"].shape[1] // c["patch"] ** 2 for name in ("radar", "optical")
+    }
     encoders = {
         "embed_dim": c["encoder_dim"], "depth": c["optical_depth"], "radar_depth": c["radar_depth"], "joint_depth": c["joint_depth"],
-        "num_heads": c["encoder_heads"], "patch_size": c["patch"],
+        "num_heads": c["encoder_heads"], "patch_size": c["patch"], **channels,
     }  # fmt: skip
     decoder = {name: c[name] for name in ("decoder_dim", "decoder_depth", "decoder_heads", "mask_ratio", "shared_mask")}
     model = CROMA(encoders, **decoder)
-    fixed = {name: model.logit_scale.detach() for name in ("global_contrast_loss.logit_scale",) if name not in case.state}
-    assert load_pretraining(model, case.state | fixed, resume=True) == []
+    assert load_pretraining(model, with_scale(case), resume=True) == []
     return model
 
 
-def our_parameter(model: CROMA, name: str) -> Tensor:
-    from projects.croma.weights import our_pretraining_name
-
-    return dict(model.named_parameters())[our_pretraining_name(name)]
+def gradients_of(case: Case, model: CROMA, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Gradients and their norms that the case asks for: `grad[_norm]<term>.<parameter>`, each term from its loss."""
+    ours, out = dict(model.named_parameters()), {}
+    asked = {key.removesuffix(".slice").removesuffix(".norm") for key in case.expected}
+    for term, loss in terms.items():
+        wanted = sorted({key.partition(".")[2] for key in asked if key.partition(".")[0] in (f"grad{term}", f"grad_norm{term}")})
+        if wanted:
+            parameters = [ours[our_pretraining_name(name)] for name in wanted]
+            found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
+            for name, grad in zip(wanted, found, strict=True):
+                out |= {f"grad{term}.{name}": grad, f"grad_norm{term}.{name}": grad.norm()}
+    return out
 
 
 def pretrain(case: Case) -> dict[str, Tensor]:
@@ -151,13 +169,6 @@ def pretrain(case: Case) -> dict[str, Tensor]:
         assert torch.equal(given[name].restore.gather(1, given[name].keep), case.inputs[f"ids_restore_{name}"].gather(1, given[name].keep))
     images = case.inputs["images"]
     found = model(images, given["radar"], given["optical"])
-    parameters = {
-        name: p for key in case.expected if key.startswith("grad") for name in [key.partition(".")[2]] for p in [our_parameter(model, name)]
-    }
-    wanted = list(parameters)
-    grads = dict(zip(wanted, torch.autograd.grad(found.loss, list(parameters.values()), retain_graph=True), strict=True))
-    alone = [key.partition(".")[2] for key in case.expected if key.startswith("grad_norm_contrastive.")]
-    apart = torch.autograd.grad(found.contrastive, [parameters[name] for name in alone])
     patch, every = case.config["patch"], torch.arange(count).expand(len(images), -1)
     target = targets(images[:, :, None], every, (1, patch, patch), "c p q", "patch", 1e-6, True, None, None, False, torch.float32)
     out = {
@@ -173,18 +184,16 @@ def pretrain(case: Case) -> dict[str, Tensor]:
         "prediction": found.prediction,
         "target": target.flatten(2),
     }
-    out |= {f"grad.{name}": grad for name, grad in grads.items()} | {f"grad_norm.{name}": grad.norm() for name, grad in grads.items()}
-    return out | {f"grad_norm_contrastive.{name}": grad.norm() for name, grad in zip(alone, apart, strict=True)}
+    terms = {"": found.loss, "_contrastive": found.contrastive, "_mae": found.reconstruction}
+    return out | gradients_of(case, model, terms)
 
 
 def _projections(case: Case) -> CROMA:
-    dim = case.config["dim"]
+    dim, part = case.config["dim"], "global_contrast_loss."
     model = CROMA({"embed_dim": dim, "depth": 1, "num_heads": 1}, decoder_dim=8)
-    for sensor in ("radar", "optical"):
-        part = f"global_contrast_loss.{sensor}_proj."
-        getattr(model, f"{sensor}_proj").load_state_dict(
-            {key.removeprefix(part): v for key, v in case.state.items() if key.startswith(part)}
-        )
+    state = {key.removeprefix(part): value for key, value in with_scale(case).items()}
+    fit = model.load_state_dict(state, strict=False)
+    assert not fit.unexpected_keys
     return model
 
 
@@ -204,8 +213,11 @@ def contrast_ranks(case: Case) -> dict[str, Tensor]:
 def normalise(case: Case) -> dict[str, Tensor]:
     out = {}
     for number in range(len(case.config["shapes"])):
-        _, scale, _, shift, *_ = case.raw["inputs"][f"x{number}"]["then"].replace(",", "").split()
-        x = case.inputs[f"x{number}"] * float(scale) + float(shift)
+        told, x = case.raw["inputs"][f"x{number}"].get("then", ""), case.inputs[f"x{number}"]
+        if scale := re.search(r"times (-?[\d.e+-]+)", told):
+            x = x * float(scale[1])
+        if shift := re.search(r"plus (-?[\d.e+-]+)", told):
+            x = x + float(shift[1])
         unit = scaled(x, None)
         ours, theirs = to_bytes(unit), case.expected[f"byte{number}"]
         apart = ours.int() - theirs.int()

@@ -140,13 +140,14 @@ def test_two_processes_end_with_one_model(two_processes: Any, tmp_path: Path) ->
 
 def test_the_embedded_default_trains_probes_compares_draws_and_records(tmp_path: Path, records: Path) -> None:
     recipe = evaluate.Recipe(
-        name="demo", experiment="scenes", pretrain=tiny("unused"), train=12, test=8, larger=[2], compare=["untrained", "sincos-interpolated"],
+        name="demo", experiment="scenes", pretrain=tiny("unused"), train=12, test=8, larger=[2], compare=["raw-means", "untrained", "sincos-interpolated"],
         demo=True, seeds=[0, 1], out=str(tmp_path / "runs"),
     )  # fmt: skip
     found = evaluate.main(recipe)
-    assert set(found) == {"full", "untrained", "sincos-interpolated"}
+    assert set(found) == {"full", "raw-means", "untrained", "sincos-interpolated"}
+    assert found["raw-means"].keys() == found["full"].keys() - {"retrieval (%)"}
     saved = [json.loads(path.read_text()) for path in records.glob("*.json")]
-    assert len(saved) == 3 * 8
+    assert len(saved) == 3 * 8 + 7
     assert all(len(one["values"]) == 2 for one in saved)
     for name in ("reconstruction", "class_map", "similarity"):
         assert (records / f"{name}.png").stat().st_size > 5_000
@@ -209,6 +210,7 @@ def test_fine_tuning_learns_and_records(tmp_path: Path, records: Path, monkeypat
     assert record["extra"]["lr"][0] in (1e-4, 3e-2)
     after = finetune.load_downstream(finetune.folder_of(recipe, 3e-2, 0))
     assert isinstance(after, Segmenter) == (kind == "segmentation")
+    assert bands.kept_statistics(finetune.folder_of(recipe, 3e-2, 0)) == task.sensor_statistics()
     moved = not torch.equal(after.encoders.radar_encoder.embed.weight, before["encoders.radar_encoder.embed.weight"])
     assert moved != frozen
     if kind == "segmentation":
@@ -277,6 +279,66 @@ def test_classes_of_a_scene_are_written_pixel_by_pixel(tmp_path: Path) -> None:
         images, _ = scene.read(0, 0, 56, 80)
         expected = model(**{name: image[None] for name, image in images.items()}).argmax(1)[0, :40, :76]
         np.testing.assert_array_equal(found.read(1)[:40], expected.numpy())
+
+
+def test_a_scene_larger_than_memory_is_read_and_written_tile_by_tile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """3,000 x 3,000 pixels of 14 bands are 504 MB; 200 x 200 of them hold data."""
+    import tracemalloc
+
+    import rasterio
+
+    found, side, row, column = scenes(3, 1, 200), 3000, 1560, 904
+    profile = {"driver": "GTiff", "height": side, "width": side, "crs": "EPSG:32633", "dtype": "float32", "nodata": -9999.0}
+    profile |= {"transform": rasterio.Affine(10, 0, 500000, 0, -10, 5000000), "tiled": True, "SPARSE_OK": True}
+    paths = {}
+    for name, values, order in (("optical", found.optical[0], bands.OPTICAL), ("radar", found.radar[0], bands.RADAR)):
+        paths[name] = tmp_path / f"{name}.tif"
+        with rasterio.open(paths[name], "w", count=len(values), **profile) as target:
+            target.write(values.numpy(), window=rasterio.windows.Window(column, row, 200, 200))
+            target.descriptions = order
+    scene = ScenePair(paths["optical"], paths["radar"], {"optical": bands.SSL4EO_OPTICAL, "radar": bands.SSL4EO_RADAR})
+    read, windows, encoded = ScenePair.read, [], []
+    monkeypatch.setattr(ScenePair, "read", lambda self, *window: windows.append(window) or read(self, *window))
+    tile_features = infer.tile_features
+    monkeypatch.setattr(infer, "tile_features", lambda *given: encoded.append(0) or tile_features(*given))
+    torch.manual_seed(0)
+    model = Encoders(16, 2, 2)
+    tracemalloc.start()
+    out = infer.write_map(model, scene, tmp_path / "features.tif", tile=192, margin=32)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 50e6  # NumPy's arrays, whatever the scene's size; a tile of 14 bands is 2 MB
+    assert max(window[2] * window[3] for window in windows) <= 192**2
+    assert len(windows) == 24**2
+    assert 0 < len(encoded) <= 9  # tiles without data are not encoded
+    with rasterio.open(out) as written:
+        assert (written.shape, written.block_shapes[0]) == ((375, 375), (16, 16))
+        assert tuple(written.transform)[:6] == (80, 0, 500000, 0, -80, 5000000)
+        features = written.read()
+    present = ~np.isnan(features).any(0)
+    rows, columns = np.nonzero(present)
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (195, 219, 113, 137)
+    # a patch in the middle of the data: that of its own tile
+    top, left = 195 // 16 * 16, 113 // 16 * 16
+    images, _ = scene.read(8 * top - 32, 8 * left - 32, 192, 192)
+    expected = tile_features(model, images, "joint")[:, 4:20, 4:20].numpy()
+    inside = present[top : top + 16, left : left + 16]
+    np.testing.assert_allclose(features[:, top : top + 16, left : left + 16][:, inside], expected[:, inside], rtol=1e-4, atol=1e-5)
+
+
+def test_infer_scales_by_what_the_run_folder_keeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, paths = scene_files(tmp_path)
+    pretrain.main(tiny(tmp_path, training=Training(steps=1)))
+    used = []
+    monkeypatch.setattr(infer, "write_map", lambda model, scene, out, **_: used.append(dict(scene.statistics)) or out)
+    recipe = infer.Recipe(str(tiny(tmp_path).folder), str(tmp_path / "f.tif"), str(paths["optical"]), str(paths["radar"]))
+    for constants in ("kept", "fmow"):
+        infer.main(replace(recipe, constants=constants))
+    own = data.by_sensor(data.scene_statistics(24))
+    assert used == [own, own | {"optical": bands.FMOW_OPTICAL}]
+    (tiny(tmp_path).folder / bands.KEPT).unlink()
+    infer.main(recipe)
+    assert used[-1] == {"optical": bands.SSL4EO_OPTICAL, "radar": bands.SSL4EO_RADAR}
 
 
 def test_infer_runs_from_its_recipe_and_refuses_what_does_not_fit(tmp_path: Path) -> None:

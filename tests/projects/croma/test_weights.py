@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from common.checkpoint import save_model
+from projects.croma.finetune import Segmenter
 from projects.croma.model import CROMA, Encoders
 from projects.croma.weights import convert, load_encoders, load_pretraining, read_checkpoint, released_state, sizes_of
 
@@ -40,6 +41,10 @@ def test_release_flat_and_run_folder_load_alike(model: CROMA, tmp_path: Path) ->
     save_model(model.encoders, tmp_path / "encoders")
     for source in ("CROMA_small.pt", "flat.pt", "run", "encoders"):
         same(load_encoders(tmp_path / source), model.encoders)
+    tuned = Segmenter(SIZES, classes=3)
+    tuned.encoders.load_state_dict(model.encoders.state_dict())
+    save_model(tuned, tmp_path / "tuned")
+    same(load_encoders(tmp_path / "tuned"), model.encoders)
     same(load_encoders(convert(tmp_path / "run", tmp_path / "again.pt")), model.encoders)
     assert sizes_of(flat) == {
         "embed_dim": 16, "depth": 4, "radar_depth": 2, "joint_depth": 2, "patch_size": 8, "radar_channels": 2, "optical_channels": 12,
@@ -68,6 +73,10 @@ def test_a_release_cannot_resume_pre_training_but_can_begin_one(model: CROMA, tm
     same(fresh.encoders, model.encoders)
     assert "decoder.mask_token" in started
     assert "radar_proj.weight" in started
+    save_model(model, tmp_path / "run")
+    again = CROMA(SIZES, decoder_dim=12, decoder_heads=2)
+    assert load_pretraining(again, tmp_path / "run") == started
+    same(again.encoders, model.encoders)
     other = CROMA({**SIZES, "embed_dim": 32}, decoder_dim=8, decoder_heads=2)
     with pytest.raises(ValueError, match="width 16"):
         load_pretraining(other, tmp_path / "w.pt")
