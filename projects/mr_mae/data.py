@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -93,17 +94,23 @@ def _parquet(folder: Path, name: str, split: str) -> Pictures:
 
     file = require(folder / {"cifar10": f"{split}.parquet", "tinyimagenet": "train.parquet" if split == "train" else "val.parquet"}[name],
                    f"{name}, {split}", "a parquet file with the columns image (JPEG bytes) and label belongs there")  # fmt: skip
+    if absent := {"image", "label"} - set(pq.read_schema(file).names):
+        raise ValueError(f"{file}: expected the columns image and label, found no {' and no '.join(sorted(absent))}; see README, Data")
     table = pq.read_table(file, columns=["image", "label"])
-    images = []
+    images: list[Tensor] = []
     for number, row in enumerate(table.column("image").to_pylist()):
+        place = f"{file}: row {number} ({row.get('path')})"
         try:
             images.append(pil_to_tensor(Image.open(io.BytesIO(row["bytes"])).convert("RGB")))
         except OSError as err:
-            raise ValueError(
-                f"{file}: row {number} ({row.get('path')}): expected an image, found bytes that cannot be read ({err})"
-            ) from err
+            raise ValueError(f"{place}: expected an image, found bytes that cannot be read ({err})") from err
+        if images[-1].shape != images[0].shape:
+            raise ValueError(f"{place}: expected {tuple(images[0].shape)} as in row 0, found {tuple(images[-1].shape)}")
     labels = torch.tensor(table.column("label").to_pylist(), dtype=torch.int64)
-    classes = [str(label) for label in range(int(labels.max()) + 1)]
+    features = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    classes = features.get("label", {}).get("names") or [str(label) for label in range(int(labels.max()) + 1)]
+    if not 0 <= int(labels.min()) <= int(labels.max()) < len(classes):
+        raise ValueError(f"{file}: expected labels 0 to {len(classes) - 1}, found {int(labels.min())} to {int(labels.max())}")
     return Pictures(torch.stack(images), labels, classes, {"name": name, "split": split, "sha256": checksum(file)})
 
 
@@ -162,7 +169,8 @@ def crop_box(
     """Top, left, height, width of a random crop: share of the area in `scale`, aspect in 3/4..4/3 (log-uniform).
 
     Args:
-        reject: draw until the crop fits, ten times, then take the middle (torchvision); False: draw once and cut to the picture (MAE's linear probe).
+        reject: draw until the crop fits, ten times, then the largest middle of an allowed aspect (torchvision); False: draw once and cut to the picture
+            (MAE's linear probe).
     """
     for _ in range(10 if reject else 1):
         area, aspect = torch.rand(2, generator=generator).tolist()
@@ -175,8 +183,8 @@ def crop_box(
             top = int(torch.randint(height - h + 1, (), generator=generator))
             left = int(torch.randint(width - w + 1, (), generator=generator))
             return top, left, h, w
-    side = min(height, width)
-    return (height - side) // 2, (width - side) // 2, side, side
+    h, w = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
+    return (height - h) // 2, (width - w) // 2, h, w
 
 
 def cropped(image: Tensor, size: int, box: tuple[int, int, int, int]) -> Tensor:

@@ -48,7 +48,7 @@ class Recipe:
     """A row: MR-MAE over its seeds, and what is measured beside it at the same budget."""
 
     name: str = "demo"
-    """Of the recipe's file."""
+    """Of the recipe's file; records of `demo` go to the report, those of all others to the project's results."""
     pretrain: pretrain.Recipe = field(default_factory=pretrain.Recipe)
     """Of each seed's training; its name and seed are set here."""
     seeds: list[NonNegativeInt] = field(default_factory=lambda: [0, 1, 2])
@@ -193,7 +193,7 @@ def record(recipe: Recipe, variant: str, metric: str, found: dict[int, dict[str,
 
 def main(recipe: Recipe) -> dict[str, dict[str, list[float]]]:
     """Every seed of every variant; figures by variant and metric, saved as records."""
-    demo = recipe.pretrain.data == "parts"
+    demo = recipe.name == "demo"
     out: dict[str, dict[str, list[float]]] = {}
     for variant in ("both", *recipe.compare):
         found = {seed: score_seed(recipe, variant, seed) for seed in recipe.seeds}
@@ -213,6 +213,7 @@ def main(recipe: Recipe) -> dict[str, dict[str, list[float]]]:
         test = load(recipe.pretrain.data, "test", data_root=recipe.data_root, limit=64, seed=seed)
         pictures.reconstructions(picture_path("mr_mae", f"{recipe.name}-reconstructions", demo=demo), model, test, recipe.pretrain)
         pictures.mimicked(picture_path("mr_mae", f"{recipe.name}-mimicked", demo=demo), model, test, recipe.pretrain)
+        pictures.attended(picture_path("mr_mae", f"{recipe.name}-attended", demo=demo), model, test, recipe.pretrain)
         pictures.orderings(picture_path("mr_mae", f"{recipe.name}-orderings", demo=demo), out)
     return out
 

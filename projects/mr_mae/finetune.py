@@ -122,11 +122,18 @@ class Augmented(Dataset[tuple[Tensor, Tensor]]):
         self.erase: Callable[[Tensor], Tensor] | None = None
         if recipe.protocol == "finetune":
             if recipe.augmentation.randaugment:
+                from PIL.Image import Resampling
+
                 fill = tuple(round(255 * mean) for mean in recipe.statistics[0])
                 self.policy = rand_augment_transform(
                     recipe.augmentation.randaugment,
                     # just below timm's 10, at which "posterize" would keep 0 bits: newer Pillow refuses that
-                    {"translate_const": int(0.45 * recipe.image_size), "img_mean": fill, "magnitude_max": 9.99},
+                    {
+                        "translate_const": int(0.45 * recipe.image_size),
+                        "img_mean": fill,
+                        "interpolation": Resampling.BICUBIC,
+                        "magnitude_max": 9.99,
+                    },
                 )
             if recipe.augmentation.erasing:
                 self.erase = RandomErasing(float(recipe.augmentation.erasing), mode="pixel", device="cpu")
@@ -282,7 +289,8 @@ def main(recipe: Recipe) -> Path | None:
             seconds, about = seconds + found["seconds"], found["data"]
     if not is_main():
         return None
-    weights = "untrained start" if recipe.start == "none" else "trained here" if "runs/" in recipe.start else "official, converted"
+    own_run = Path(recipe.start.format(seed=recipe.seeds[0])).is_dir()
+    weights = "untrained start" if recipe.start == "none" else "trained here" if own_run else "official, converted"
     extra = {"row": recipe.protocol, "start": recipe.start}
     record = Record(f"recipes/{recipe.name}.yaml", "top-1 (%)", scores, list(recipe.seeds), weights, about, seconds / 3600, extra)
     path = save_record("mr_mae", record, demo=recipe.data == "parts")

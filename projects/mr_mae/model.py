@@ -30,7 +30,7 @@ Path = Literal["visible", "dense"]
 
 @dataclass
 class Output:
-    """0-d `loss`, `pixel` and `mimic` (None where a target is switched off); `prediction` (B, N - K, P) in the order of `mask.masked`; `mask`."""
+    """0-d `loss` = `pixel` + `mimic` (weighted sum over teachers; None where a target is off); `prediction` (B, N - K, P) in the order of `mask.masked`."""
 
     loss: Tensor
     pixel: Tensor | None
@@ -350,14 +350,23 @@ def _check_sizes(
     for name, entries in lists.items():
         if len(entries) != stages:
             raise ValueError(f"{name}={list(entries)}: expected {stages} entries, one a stage of this backbone")
+    if stage_dims[-1] % num_heads:
+        raise ValueError(f"num_heads={num_heads}: expected a divisor of the last stage's {stage_dims[-1]} channels")
+    return patch_side(image_size, stage_patch)
+
+
+def patch_side(image_size: int, stage_patch: Sequence[int]) -> int:
+    """Pixels of a final patch along a side.
+
+    Raises:
+        ValueError: the image's side is not a multiple of it.
+    """
     patch = prod(stage_patch)
     if image_size % patch or image_size < patch:
         below = max(image_size // patch, 1) * patch
         raise ValueError(
             f"image_size={image_size}: expected a multiple of the patch of {patch} pixels; the nearest are {below} and {below + patch}"
         )
-    if stage_dims[-1] % num_heads:
-        raise ValueError(f"num_heads={num_heads}: expected a divisor of the last stage's {stage_dims[-1]} channels")
     return patch
 
 

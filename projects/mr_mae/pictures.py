@@ -1,4 +1,4 @@
-"""Pictures of a trained model: reconstructions under a mask, what visible tokens mimic, and the variants' figures."""
+"""Pictures of a trained model: reconstructions under a mask, what visible tokens mimic, where the last block attends, and the variants' figures."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from torch import Tensor
 from common.masking import Mask, random_mask, scatter
 from common.patch import patchify, unpatchify
 from projects.mr_mae.data import Pictures, centre, normalised
-from projects.mr_mae.model import MRMAE
+from projects.mr_mae.model import MRMAE, PlainEncoder
 from projects.mr_mae.pretrain import Recipe
+from projects.mr_mae.teachers import seen_by
 
 
 def _batch(data: Pictures, recipe: Recipe, count: int) -> tuple[Tensor, Tensor]:
@@ -72,13 +73,38 @@ def mimicked(path: Path, model: MRMAE, data: Pictures, recipe: Recipe, *, count:
     colours = (features - features.mean(0)) @ directions.T
     low, high = colours.quantile(0.02, 0), colours.quantile(0.98, 0)
     maps = ((colours - low) / (high - low)).clamp(0, 1).unflatten(0, (-1, model.grid, model.grid))
+    _below(path, plain, maps, "mimic head", count)
+
+
+def received_attention(model: MRMAE, images: Tensor) -> Tensor:
+    """(B, N) share of the last transformer block's attention that each patch of whole images receives, mean over heads and asking patches."""
+    encoder = model.encoder
+    plain = isinstance(encoder, PlainEncoder)
+    attention = encoder.vit.stack.blocks[-1].attn if plain else encoder.blocks3[-1].attn
+    prefix = encoder.prefix if plain else int(encoder.cls_token is not None)
+    _, x = seen_by(attention, lambda: encoder(images))
+    query, key, _ = attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    weights = (query @ key.transpose(-2, -1) * attention.scale).softmax(-1)[..., prefix:, prefix:]
+    return (weights / weights.sum(-1, keepdim=True)).mean((1, 2))
+
+
+@torch.inference_mode()
+def attended(path: Path, model: MRMAE, data: Pictures, recipe: Recipe, *, count: int = 6) -> None:
+    """`received_attention` of whole pictures, bright = much."""
+    plain, images = _batch(data, recipe, count)
+    received = received_attention(model.eval().cpu(), images)
+    _below(path, plain, received.unflatten(1, (model.grid, model.grid)), "attention", count)
+
+
+def _below(path: Path, plain: Tensor, maps: Tensor, title: str, count: int) -> None:
+    """The first `count` pictures (B, 3, H, W) and under each its map (grid, grid[, 3])."""
     figure = Figure(figsize=(1.5 * count, 3.3), layout="constrained")
     for column in range(count):
         for line, image in enumerate((plain[column].permute(1, 2, 0), maps[column])):
             axis = figure.add_subplot(2, count, line * count + column + 1, xticks=[], yticks=[])
             axis.imshow(image, interpolation="nearest")
             if column == 0:
-                axis.set_ylabel(("picture", "mimic head")[line])
+                axis.set_ylabel(("picture", title)[line])
     figure.savefig(path, dpi=110)
 
 

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from common.checkpoint import save_model
 from common.engine import NonFiniteLoss, Training, budget, fit, mean_over_processes, seed_everything
+from common.masking import kept_count
 from common.recipe import parse, to_yaml
 from common.schedule import cosine, scaled_lr
 from projects.mr_mae import parts, teachers
@@ -24,9 +25,9 @@ from projects.mr_mae.cache import FeatureStore, stored
 from projects.mr_mae.classifier import pretraining_groups
 from projects.mr_mae.data import HALF, Augment, Name, Pictures, Views, load
 from projects.mr_mae.mimic import Distance, Focus, TargetNorm
-from projects.mr_mae.model import MRMAE, SIZES, Targets
+from projects.mr_mae.model import MRMAE, SIZES, Targets, patch_side
 from projects.mr_mae.teachers import IMAGENET, Features, Statistics, Teacher
-from projects.mr_mae.weights import load_reference
+from projects.mr_mae.weights import begin_from
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,7 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.warmup >= 1:
             raise ValueError(f"warmup={self.warmup}: expected a share of the training, less than 1")
+        kept_count(grid_of(self) ** 2, self.mask_ratio)  # before hours of teacher features
         if self.targets == "pixels" and self.focus == "none" and self.teachers:
             raise ValueError("targets=pixels: expected no teachers, as nothing would use them; set teachers: []")
         if self.targets != "pixels" and not self.teachers:
@@ -158,10 +160,8 @@ class Recipe:
 
 
 def grid_of(recipe: Recipe) -> int:
-    patch = 1
-    for side in recipe.model.settings()["stage_patch"]:
-        patch *= side
-    return recipe.image_size // patch
+    """Patches along a side."""
+    return recipe.image_size // patch_side(recipe.image_size, recipe.model.settings()["stage_patch"])
 
 
 def build(recipe: Recipe, teacher_dims: Sequence[int]) -> MRMAE:
@@ -256,7 +256,7 @@ def main(recipe: Recipe) -> MRMAE:
     seed_everything(recipe.seed)
     model = build(recipe, dims)
     if recipe.start is not None:
-        load_reference(model, recipe.start)
+        begin_from(model, recipe.start)
     fixed = recipe.views or int(bool(stores))  # an oracle's pictures have one view
     data = Views(pictures, recipe.image_size, recipe.augment, recipe.statistics, fixed=fixed, stores=stores)
     loader = DataLoader(data, recipe.batch_size, shuffle=True, drop_last=True, num_workers=recipe.workers)

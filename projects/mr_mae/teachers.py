@@ -43,7 +43,7 @@ class Teacher(nn.Module):
         body: (B, C, S, S) normalised by `statistics` -> `Features`.
         patch, dim: pixels of its patch a side; channels of its tokens.
         statistics, student: its normalisation, and that of the images given.
-        name: what it is, for records and cached features.
+        name, settings: what it is, for records and cached features.
     """
 
     def __init__(
@@ -55,12 +55,14 @@ class Teacher(nn.Module):
         statistics: Statistics,
         student: Statistics,
         name: str,
+        settings: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.net, self.body = net.eval(), body
         for parameter in net.parameters():
             parameter.requires_grad_(False)
-        self.patch, self.dim, self.statistics, self.student, self.name = patch, dim, statistics, student, name
+        self.patch, self.dim, self.statistics, self.student = patch, dim, statistics, student
+        self.name, self.settings = name, settings or {}
 
     def train(self, mode: bool = True) -> Teacher:
         """Stays in eval mode, whatever its owner does."""
@@ -85,8 +87,9 @@ class Teacher(nn.Module):
         return found
 
     def fingerprint(self) -> str:
-        """SHA-256 of the name, the normalisation and every weight: features of two teachers never mix."""
-        digest = hashlib.sha256(json.dumps([self.name, self.patch, self.statistics, self.student]).encode())
+        """SHA-256 of the name, settings, normalisation and every weight: features of two teachers never mix."""
+        about = [self.name, self.settings, self.patch, self.statistics, self.student]
+        digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
         for name, value in sorted(self.net.state_dict().items()):
             digest.update(name.encode())
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes() if value.numel() else b"")
@@ -107,7 +110,8 @@ def load(
     Args:
         spec: `timm:<model>`, `open_clip:<model>`, or `file:<path of a TorchScript module>` (images by ImageNet's statistics -> tokens (B, N, Dt), or
             (tokens, score); such a file runs its own code, so load those you trust).
-        weights: local file, or run folder with model.safetensors; None = timm's or open_clip's own, by the model's tag.
+        weights: local file, or run folder with model.safetensors; None = timm's or open_clip's own, by the model's tag. OpenAI's CLIP from a file is
+            `open_clip:ViT-B-16-quickgelu`: a file does not say which GELU it was trained with.
         student: normalisation of the images that it will be given.
         projected: CLIP's tokens after the projection to the shared space instead of before.
         settings: further arguments of timm.create_model.
@@ -131,7 +135,7 @@ def class_attention(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int) 
     return (query * (dim // heads) ** -0.5 @ key.transpose(-2, -1)).softmax(-1).squeeze(2)
 
 
-def _seen(module: nn.Module, run: Callable[[], Any]) -> tuple[Any, Tensor]:
+def seen_by(module: nn.Module, run: Callable[[], Any]) -> tuple[Any, Tensor]:
     """What `run` returns, and the first input that `module` got meanwhile."""
     inputs: list[Tensor] = []
     handle = module.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
@@ -143,7 +147,7 @@ def _seen(module: nn.Module, run: Callable[[], Any]) -> tuple[Any, Tensor]:
 
 def _timm_body(net: nn.Module, images: Tensor) -> Features:
     attention = net.blocks[-1].attn
-    tokens, x = _seen(attention, lambda: net.forward_features(images))
+    tokens, x = seen_by(attention, lambda: net.forward_features(images))
     prefix = net.num_prefix_tokens
     score = None
     if getattr(net, "has_class_token", False):
@@ -184,7 +188,7 @@ def _timm(name: str, grid: int, weights: str | None, student: Statistics, settin
         load_into(net, {key: value for key, value in state.items() if not key.startswith(("head.", "fc."))}, origin=weights)
     mean, std = net.pretrained_cfg.get("mean", IMAGENET[0]), net.pretrained_cfg.get("std", IMAGENET[1])
     body = _timm_body if transformer else _map_body
-    return Teacher(net, body, patch, net.num_features, (tuple(mean), tuple(std)), student, f"timm:{name}")
+    return Teacher(net, body, patch, net.num_features, (tuple(mean), tuple(std)), student, f"timm:{name}", settings)
 
 
 def _network(weights: str) -> dict[str, Tensor]:
@@ -206,7 +210,7 @@ def _network(weights: str) -> dict[str, Tensor]:
 def _open_clip_body(projected: bool) -> Callable[[nn.Module, Tensor], Features]:
     def body(net: nn.Module, images: Tensor) -> Features:
         last = net.transformer.resblocks[-1]
-        (_, tokens), x = _seen(last, lambda: net(images))
+        (_, tokens), x = seen_by(last, lambda: net(images))
         x = x if getattr(net.transformer, "batch_first", True) else x.transpose(0, 1)
         row = class_attention(last.ln_1(x), last.attn.in_proj_weight, last.attn.in_proj_bias, last.attn.num_heads)
         return Features(tokens @ net.proj if projected else tokens, attention_score(row))
@@ -221,8 +225,18 @@ def _open_clip(name: str, grid: int, weights: str | None, student: Statistics, p
         raise ImportError(
             "teacher open_clip: needs open_clip: pip install open_clip_torch, or use timm's vit_base_patch16_clip_224.openai"
         ) from err
-    patch = open_clip.get_model_config(name)["vision_cfg"]["patch_size"]
-    net = open_clip.create_model(name, pretrained=weights or "openai", force_image_size=grid * patch).visual
+    patch = ((open_clip.get_model_config(name) or {}).get("vision_cfg") or {}).get("patch_size")
+    if patch is None:
+        raise ValueError(
+            f"teacher open_clip:{name}: expected a model of open_clip.list_models() whose image tower is a vision transformer, as ViT-B-16; "
+            "for others try timm:<model>"
+        )
+    try:
+        net = open_clip.create_model(name, pretrained=weights or "openai", force_image_size=grid * patch).visual
+    except (OSError, RuntimeError) as err:
+        raise FileNotFoundError(
+            f"teacher open_clip:{name}: expected its weights in {weights or 'the local cache'}, could not read or fetch them ({type(err).__name__}); name a file in weights"
+        ) from err
     net.output_tokens = True  # (pooled, tokens): the tokens are those after ln_post, before the projection
     dim = net.proj.shape[1] if projected else net.ln_post.normalized_shape[0]
     return Teacher(net, _open_clip_body(projected), patch, dim, CLIP, student, f"open_clip:{name}{' projected' if projected else ''}")

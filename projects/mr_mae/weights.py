@@ -1,16 +1,18 @@
 """ConvMAE and ConvMAE-v2 checkpoints: names, shapes read off the file, and what each of our models may lack or leave unread.
 
-A file is a dictionary with the key `model` (fine-tuned ones also hold an argparse namespace, which is never unpickled: convert those to safetensors
-where you trust them) or a bare state dict. Released encoders hold no decoder, mask token or stage decoders; v2 files hold a class token.
+A file is a dictionary with the key `model` (fine-tuned ones hold an argparse namespace beside it, which is read as plain values) or a bare state dict;
+no other pickled object is ever built. Released encoders hold no decoder, mask token or stage decoders; v2 files hold a class token.
 """
 
 from __future__ import annotations
 
+import argparse
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from common.patch import interpolate_positions
@@ -55,12 +57,13 @@ def read(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     if path.is_dir():
         path = path / "model.safetensors"
-    try:
-        state = read_state_dict(path, key=None if path.suffix == ".safetensors" else "model")
-    except ValueError as err:
-        if "expected an entry 'model'" not in str(err):
-            raise
-        state = read_state_dict(path)
+    with torch.serialization.safe_globals([argparse.Namespace]):  # `args` of a fine-tuned file
+        try:
+            state = read_state_dict(path, key=None if path.suffix == ".safetensors" else "model")
+        except ValueError as err:
+            if "expected an entry 'model'" not in str(err):
+                raise
+            state = read_state_dict(path)
     if any(name.startswith("encoder.") for name in state):
         state = {theirs: value for name, value in state.items() if (theirs := their_name(name)) is not None}
     return state
@@ -134,8 +137,12 @@ def load_reference(model: nn.Module, state: Mapping[str, Tensor] | str | Path) -
         ValueError: another size, or a class token on one side only; names and shapes are given.
     """
     origin = "state dict" if isinstance(state, Mapping) else str(state)
-    content = dict(state) if isinstance(state, Mapping) else read(state)
     pretraining = isinstance(model, MRMAE)
+    if pretraining and isinstance(model.encoder, PlainEncoder):
+        raise ValueError(
+            f"{origin}: expected a model with the ConvMAE backbone, found a plain ViT; it can begin from a run folder of its own kind"
+        )
+    content = dict(state) if isinstance(state, Mapping) else read(state)
     backbone: Any = model.encoder if pretraining else model
     if ("cls_token" in content) != (backbone.cls_token is not None):
         flag = "class_token=True" if "cls_token" in content else "class_token=False"
@@ -170,14 +177,42 @@ def load_reference(model: nn.Module, state: Mapping[str, Tensor] | str | Path) -
     load_into(model, content, rename=rename, absent=absent, unused=unused, origin=origin)
     filled = {rename(name) if rename else name for name in content}
     missing = [name for name in own if name not in filled]
-    new = [name for name in missing if not name.startswith("mimics.") and name != "encoder.pos_embed"]  # the table is fixed
-    if pretraining and (untouched := sorted({_group(name) for name in new})):
-        warnings.warn(f"{origin}: an encoder alone; {', '.join(untouched)} keep their initial values", stacklevel=2)
+    if pretraining:
+        _say_what_is_new(f"{origin}: an encoder alone", (name for name in missing if not name.startswith("mimics.")))
     return missing
 
 
+def begin_from(model: MRMAE, path: str | Path) -> None:
+    """Put a pre-training run folder, or a released ConvMAE file (`load_reference`), into a model that is to be trained; what kept its start is named.
+
+    Raises:
+        ValueError: another size; a mimic head for a teacher of another width.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        load_reference(model, path)
+        return
+    state, own = read_state_dict(path / "model.safetensors"), model.state_dict()
+    state.pop("encoder.pos_embed", None)  # the table is fixed, whatever the image size
+    for name in sorted(own.keys() & state.keys()):
+        if name.startswith("mimics.") and own[name].shape != state[name].shape:
+            raise ValueError(
+                f"start {path}: {name} is {tuple(state[name].shape)} there, {tuple(own[name].shape)} for the teachers of this recipe; "
+                "set teachers to those of that run, or begin from a file of its encoder"
+            )
+    parts = ("decoder.*", "mimics.*")
+    load_into(model, state, absent=(*parts, "encoder.pos_embed"), unused=parts, origin=f"start {path}")
+    _say_what_is_new(f"start {path}", own.keys() - state.keys())
+
+
+def _say_what_is_new(origin: str, names: Iterable[str]) -> None:
+    if groups := sorted({_group(name) for name in names if name != "encoder.pos_embed"}):
+        warnings.warn(f"{origin}; {', '.join(groups)} keep their initial values", stacklevel=3)
+
+
 def _group(name: str) -> str:
-    return "decoder (mask token too)" if name.startswith("decoder.") else name.removeprefix("encoder.").split(".")[0]
+    parts = {"decoder": "decoder (mask token too)", "mimics": "mimic heads"}
+    return parts.get(name.split(".")[0]) or name.removeprefix("encoder.").split(".")[0]
 
 
 def _dense_name(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,39 @@ def test_unreadable_and_missing_files_are_named(tmp_path: Path) -> None:
         load("cifar10", "train", data_root=str(tmp_path))
 
 
+def test_tiny_imagenet_is_read_as_hugging_face_writes_it(tmp_path: Path) -> None:
+    label = {"_type": "ClassLabel", "names": ["goldfish", "centipede"]}
+    about = {"huggingface": json.dumps({"info": {"features": {"image": {"_type": "Image"}, "label": label}}})}
+    (tmp_path / "tinyimagenet").mkdir()
+    modes = {"n01443537_0.JPEG": jpeg((200, 0, 0), "RGB", (64, 64)), "n01784675_0.JPEG": jpeg((9,), "L", (64, 64))}
+    rows = [{"image": {"bytes": content, "path": path}, "label": i} for i, (path, content) in enumerate(modes.items())]
+    for name, chosen in (("train", rows), ("val", rows[1:])):
+        pq.write_table(pa.Table.from_pylist(chosen).replace_schema_metadata(about), tmp_path / "tinyimagenet" / f"{name}.parquet")
+    train, test = (load("tinyimagenet", split, data_root=str(tmp_path)) for split in ("train", "test"))
+    assert (train.images.shape, train.images.dtype, train.labels.tolist()) == ((2, 3, 64, 64), torch.uint8, [0, 1])
+    assert (test.labels.tolist(), test.classes) == ([1], ["goldfish", "centipede"])  # classes that a split lacks count too
+    assert torch.equal(test.images[0, 0], test.images[0, 2])  # grey stays grey in three channels
+    assert train.about["sha256"] != test.about["sha256"]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"picture": 1, "label": 0}, r"expected the columns image and label, found no image; see README, Data"),
+        ({"image": {"bytes": jpeg((1, 2, 3)), "path": "a"}, "label": -1}, r"expected labels 0 to 0, found -1 to 0"),
+        (
+            {"image": {"bytes": jpeg((1, 2, 3), "RGB", (9, 9)), "path": "a"}, "label": 0},
+            r"row 1 \(a\): expected \(3, 6, 8\) .*found \(3, 9, 9\)",
+        ),
+    ],
+)
+def test_wrong_parquet_files_are_explained(row: dict[str, Any], message: str, tmp_path: Path) -> None:
+    good = {"image": {"bytes": jpeg((1, 2, 3)), "path": "b"}, "label": 0}
+    write_parquet(tmp_path / "tinyimagenet", "train.parquet", [row] if "picture" in row else [good, row])
+    with pytest.raises(ValueError, match=message):
+        load("tinyimagenet", "train", data_root=str(tmp_path))
+
+
 def folders(root: Path, layout: dict[str, list[str]]) -> Path:
     for name, files in layout.items():
         (root / "imagenet" / name).mkdir(parents=True)
@@ -119,7 +153,19 @@ def test_real_cifar10_has_fifty_thousand_pictures(shared_data: Path) -> None:
     assert (test.images.shape, test.labels.bincount().tolist()) == ((10_000, 3, 32, 32), [1000] * 10)
 
 
+def test_real_tiny_imagenet_has_twenty_classes(shared_data: Path) -> None:
+    train, test = (load("tinyimagenet", split, data_root=str(shared_data)) for split in ("train", "test"))
+    assert (train.images.shape, train.labels.bincount().tolist()) == ((4000, 3, 64, 64), [200] * 20)
+    assert (test.images.shape, test.labels.bincount().tolist()) == ((1000, 3, 64, 64), [50] * 20)
+    assert (len(test.classes), test.classes[0], test.classes[-1]) == (20, "goldfish", "meat loaf")
+
+
 # -- views
+
+
+def test_pictures_that_no_crop_fits_give_their_largest_middle() -> None:
+    assert crop_box(12, 100, scale=(1.0, 1.0)) == (0, 42, 12, 16)
+    assert crop_box(100, 12, scale=(1.0, 1.0)) == (42, 0, 16, 12)
 
 
 def test_crops_keep_to_scale_aspect_and_picture() -> None:

@@ -190,6 +190,24 @@ def test_published_sizes_have_the_published_numbers_of_parameters() -> None:
     assert sum(p.numel() for p in plain.encoder.parameters()) / 1e6 == pytest.approx(85.6, abs=0.3)
 
 
+@pytest.mark.parametrize("size", list(SIZES))
+def test_published_sizes_take_a_real_step(size: str) -> None:
+    torch.manual_seed(0)
+    kind = torch.bfloat16 if size in ("large", "huge") else torch.float32  # half the memory
+    model = MRMAE(**SIZES[size], teacher_dims=[768]).to(kind)
+    images, teacher = torch.randn(1, 3, 224, 224).to(kind), torch.randn(1, 196, 768).to(kind)
+    mask = random_mask(1, 196, 0.75, generator=torch.Generator().manual_seed(0))
+    update = torch.optim.SGD(model.parameters(), lr=0.01)
+    first = model(images, [teacher], mask)
+    first.loss.backward()
+    update.step()
+    with torch.no_grad():
+        second = model(images, [teacher], mask)
+    assert second.pixel < first.pixel
+    assert second.mimic < first.mimic
+    assert first.prediction.shape == (1, 147, 768)
+
+
 def test_decay_spares_vectors_and_reaches_the_mask_token() -> None:
     model = built(targets="pixels")
     off, on = pretraining_groups(model, 0.05)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -10,8 +11,8 @@ import torch.nn.functional as F
 from timm.optim.lars import Lars
 from torch import Tensor, nn
 
-from common.kernels.patch_loss import patch_loss
-from common.masking import Mask, from_keep, random_mask
+from common.blocks import Encoded
+from common.masking import from_keep, random_mask
 from common.patch import sincos_2d
 from common.schedule import cosine
 from projects.mr_mae.classifier import Classifier, decayed, layer_of, pretraining_groups
@@ -23,17 +24,37 @@ from projects.mr_mae.teachers import renormalise
 from projects.mr_mae.weights import load_reference, reference_state, their_name
 from tests.parity import Case, Runner, cases, check, fill
 
-
-def made(rule: str, name: str, shape: tuple[int, ...]) -> Tensor:
-    return torch.from_numpy(getattr(fill, rule)(name, shape).copy())
+CALL = re.compile(r"(?:(?P<scale>[\d.]+) \* )?fill\.(?P<rule>\w+)\('(?P<key>[^']+)', \((?P<shape>[\d, ]+)\)\)(?: \+ (?P<shift>[\d.]+))?")
 
 
-def told(case: Case, name: str) -> Tensor:
-    """An input that the case describes by the call that makes it."""
-    text = case.raw["inputs"][name]
-    rule, _, rest = text.removeprefix("fill.").partition("(")
-    key, _, shape = rest.split(")")[0].partition(", (")
-    return made(rule, key.strip("'"), tuple(int(n) for n in shape.rstrip(",").split(",")))
+def made(text: str, **numbers: int) -> list[Tensor]:
+    """The values of every call `[a *] fill.rule('name', (shape)) [+ b]` in a text; {i} in names is filled in."""
+    found = []
+    for call in CALL.finditer(text):
+        shape = tuple(int(n) for n in call["shape"].rstrip(", ").split(","))
+        value = torch.from_numpy(getattr(fill, call["rule"])(call["key"].format(**numbers), shape).copy())
+        found.append(
+            value
+            if call["scale"] is None and call["shift"] is None
+            else float(call["scale"] or 1) * value.double() + float(call["shift"] or 0)
+        )
+    return found
+
+
+def told(case: Case, name: str, **numbers: int) -> Tensor:
+    """An input that the case describes by the call that makes it, or by pointing to the mimic cases."""
+    return (made(str(case.raw["inputs"].get(name, "")), **numbers) or made(of_the_mimic_cases(case, name)))[0]
+
+
+def of_the_mimic_cases(case: Case, name: str) -> str:
+    (batch, kept), count = case.files["ids_keep"].shape, case.config.get("grid", 4) ** 2
+    student, teacher = case.config.get("student_dim", 12), case.config.get("teacher_dim", 10)
+    return {
+        "student": f"fill.normal('mr_mae.mimic.student', ({batch}, {kept}, {student}))",
+        "teacher": f"1.5 * fill.normal('mr_mae.mimic.teacher', ({batch}, {count}, {teacher})) + 0.3",
+        "head_weight": f"fill.parameter('mr_mae.mimic.head.weight', ({teacher}, {student}))",
+        "head_bias": f"fill.parameter('mr_mae.mimic.head.bias', ({teacher},))",
+    }[name]
 
 
 def settings(config: dict[str, Any], eps: str = "transformer_blocks") -> dict[str, Any]:
@@ -45,7 +66,7 @@ def settings(config: dict[str, Any], eps: str = "transformer_blocks") -> dict[st
         for ours, theirs in (("embed_eps", "patch_embed"), ("conv_eps", "conv_blocks"), ("eps", eps))
         if theirs in norm_eps
     }
-    return out | {"num_heads": config["heads"], "channels": config.get("in_channels", 3)}
+    return out | {"num_heads": config["heads"], "channels": config.get("in_channels", 3), "class_token": config.get("class_token", False)}
 
 
 def pretrain(case: Case) -> dict[str, Tensor]:
@@ -57,8 +78,8 @@ def pretrain(case: Case) -> dict[str, Tensor]:
     }
     images, noise = told(case, "images"), told(case, "noise")
 
-    def build() -> MRMAE:
-        model = MRMAE(targets="pixels", **settings(config), **decoder)
+    def build(norm_pix: bool = True) -> MRMAE:
+        model = MRMAE(targets="pixels", norm_pix=norm_pix, **settings(config), **decoder)
         assert load_reference(model, case.state) == ["encoder.pos_embed"]
         return model
 
@@ -78,7 +99,8 @@ def pretrain(case: Case) -> dict[str, Tensor]:
     for name in ("patch_embed1", "patch_embed2", "patch_embed3", "patch_embed4", "stage1_output_decode", "stage2_output_decode"):
         keep_output(name, getattr(encoder, name))
     for name in ("blocks1", "blocks2", "blocks3"):
-        keep_output(name, getattr(encoder, name)[-1])
+        if blocks := getattr(encoder, name):
+            keep_output(name, blocks[-1])
     with torch.no_grad():
         dense = encoder(images, mask, path="dense").tokens
     for handle in handles:
@@ -89,7 +111,7 @@ def pretrain(case: Case) -> dict[str, Tensor]:
     torch.testing.assert_close(latent, dense, rtol=1e-5, atol=1e-5)
     out |= {"latent": latent, "pred": model.decoder(latent, mask, rows="all")}
 
-    raw = patch_loss(model.decoder(latent, mask), images, mask.masked, model.patch, normalise="none").mean()
+    raw = build(norm_pix=False)(images, mask=mask).pixel
     result = model(images, mask=mask)
     result.loss.backward()
     out |= {"loss.raw": raw, "loss.norm_pix": result.pixel}
@@ -102,7 +124,8 @@ def pretrain(case: Case) -> dict[str, Tensor]:
     out |= {f"grad.{their_name(name)}": gradient.norm() for name, gradient in gradients.items()}
     out["grad.total"] = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
 
-    steps = case.raw["steps"]
+    if (steps := case.raw.get("steps")) is None:
+        return out
     update = torch.optim.AdamW(
         pretraining_groups(model, steps["weight_decay"]), lr=steps["lr"], betas=tuple(steps["betas"]), eps=steps["eps"]
     )
@@ -158,8 +181,20 @@ def state_dict_layout(case: Case) -> dict[str, Tensor]:
             **settings(case.config),
             **{name: case.config[name] for name in ("decoder_dim", "decoder_depth", "decoder_heads")},
         )
-    stated(case)
-    return {name: torch.tensor(value.shape, dtype=torch.float64) for name, value in reference_state(model).items()}
+        classes = case.raw.get("finetune_layout", {}).get("head.weight", [1000])[0]
+        tuned = Classifier(classes, **settings(case.config))
+    state = reference_state(model)
+    shapes = {name: value.shape for name, value in state.items()} | {
+        f"finetune.{name}": value.shape for name, value in tuned.state_dict().items()
+    }
+    out = {name: torch.tensor(shape, dtype=torch.float64) for name, shape in shapes.items()}
+    out |= {"parameters.all": torch.tensor(sum(value.numel() for value in state.values()), dtype=torch.float64)}
+    out |= {
+        name: torch.tensor(sum(p.numel() for p in net.parameters() if p.requires_grad), dtype=torch.float64)
+        for name, net in (("parameters.trainable", model), ("finetune_parameters", tuned))
+    }
+    assert set(case.raw["layout"]) == state.keys()
+    return out
 
 
 def layer_decay(case: Case) -> dict[str, Tensor]:
@@ -170,13 +205,11 @@ def layer_decay(case: Case) -> dict[str, Tensor]:
     for name, p in model.named_parameters():
         scale = config["layer_decay"] ** (blocks + 1 - layer_of(name, blocks))
         out[name] = torch.tensor([scale, config["weight_decay"] if decayed(name, p) else 0.0], dtype=torch.float64)
-    stated(case)
     assert out.keys() == case.expected.keys()
     return out
 
 
 def lr_schedule(case: Case) -> dict[str, Tensor]:
-    stated(case)
     out = {}
     for name, plan in case.raw["schedule"].items():
         rates = [cosine(e, total=plan["epochs"], peak=plan["lr"], final=plan["min_lr"], warmup=plan["warmup"]) for e, *_ in plan["points"]]
@@ -193,33 +226,39 @@ def position_table(case: Case) -> dict[str, Tensor]:
 
 
 def lars_steps(case: Case) -> dict[str, Tensor]:
-    stated(case)
-    config = case.config
+    config, grads = case.config, case.raw["inputs"]["grads"]
     weight, bias = (nn.Parameter(told(case, name)) for name in ("weight", "bias"))
-    groups = [{"params": [weight], "weight_decay": config["weight_decay"], "always_adapt": True}, {"params": [bias], "weight_decay": 0.0}]
-    update = Lars(groups, lr=config["lr"], momentum=config["momentum"], trust_coeff=config["trust_coefficient"])
-    for step in range(3):
-        weight.grad = made("normal", f"mr_mae.lars.gw{step}", tuple(weight.shape))
-        bias.grad = made("normal", f"mr_mae.lars.gb{step}", tuple(bias.shape))
+    update = Lars(
+        [{"params": [weight], "always_adapt": True}, {"params": [bias]}],
+        lr=config["lr"],
+        momentum=config["momentum"],
+        trust_coeff=config["trust_coefficient"],
+    )
+    first, last = (int(n) for n in re.findall(r"step s in (\d+)\.\.(\d+)", grads)[0])
+    for step in range(first, last + 1):
+        decay = (
+            config["weight_decay"] * weight.detach()
+        )  # the reference's trust ratio counts the decay as part of the gradient, timm's does not
+        weight.grad, bias.grad = made(grads, s=step)
+        weight.grad += decay
         update.step()
     return {"weight": weight, "bias": bias}
 
 
-def mimic_inputs(case: Case, student_dim: int, teacher_dim: int, grid: int = 4) -> tuple[MimicHead, Tensor]:
-    head = MimicHead(student_dim, teacher_dim, range(case.config.get("layers", 0))).double()
-    prefix = "mr_mae.mimic"
+def mimic_head(case: Case) -> MimicHead:
+    weight, bias = told(case, "head_weight"), told(case, "head_bias")
+    layers = case.config.get("layers", 0)
+    head = MimicHead(weight.shape[1], weight.shape[0], range(layers)).double()
+    fuse = [made(case.raw["inputs"]["fuse"], i=i) for i in range(layers)]
     with torch.no_grad():
-        for name, p in head.named_parameters():
-            p.copy_(made("parameter", f"{prefix}.{name}", tuple(p.shape)))
-    batch = len(case.files["ids_keep"])
-    return head, 1.5 * made("normal", f"{prefix}.teacher", (batch, grid * grid, teacher_dim)).double() + 0.3
+        for p, value in zip(head.parameters(), [value for pair in fuse for value in pair] + [weight, bias], strict=True):
+            p.copy_(value)
+    return head
 
 
 def mimic_losses(case: Case) -> dict[str, Tensor]:
-    config, keep, out = case.config, case.files["ids_keep"], {}
-    head, teacher = mimic_inputs(case, config["student_dim"], config["teacher_dim"], config["grid"])
-    teacher.requires_grad_()
-    student = made("normal", "mr_mae.mimic.student", (config["batch"], config["visible"], config["student_dim"])).double()
+    keep, out = case.files["ids_keep"], {}
+    head, teacher, student = mimic_head(case), told(case, "teacher").requires_grad_(), told(case, "student").double()
     for norm in ("layernorm", "l2", "none"):
         for distance in ("mse", "smooth_l1", "cosine"):
             prediction = head(student, {})
@@ -235,27 +274,22 @@ def mimic_losses(case: Case) -> dict[str, Tensor]:
 
 
 def mimic_fused_layers(case: Case) -> dict[str, Tensor]:
-    config = case.config
-    head, teacher = mimic_inputs(case, config["student_dim"], config["teacher_dim"])
-    shape = (*case.files["ids_keep"].shape, config["student_dim"])
-    taps = {i: made("normal", f"mr_mae.mimic.layer{i}", shape).double() for i in range(config["layers"])}
+    head = mimic_head(case)
+    taps = {i: told(case, "layers", i=i).double() for i in head.layers}
     prediction = head(torch.empty(0), taps)
-    loss = mimic_loss(prediction, teacher, case.files["ids_keep"]).mean()
+    loss = mimic_loss(prediction, told(case, "teacher"), case.files["ids_keep"]).mean()
     return {"ids_keep": case.files["ids_keep"], "fused": head.fused(list(taps.values())), "prediction": prediction, "loss": loss}
 
 
 def focused(case: Case) -> dict[str, Tensor]:
-    config = case.config
-    tokens = 1 + config["grid"] ** 2
-    attention = made("normal", "mr_mae.focus.attn", (config["batch"], config["heads"], tokens, tokens)).double().softmax(-1)
-    score = attention_score(attention)
-    sampled = focused_mask(score, config["visible"], uniforms=made("uniform", "mr_mae.focus.u", tuple(score.shape)))
-    top = focused_mask(score, config["visible"], "top")
+    kept = case.config["visible"]
+    score = attention_score(told(case, "attention").double().softmax(-1))
+    sampled, top = focused_mask(score, kept, uniforms=told(case, "uniforms")), focused_mask(score, kept, "top")
     return {"score": score, "ids_keep.top": top.keep, "ids_keep.sample": sampled.keep, "mask.sample": sampled.hidden.to(torch.uint8)}
 
 
-class GivenPredictions(nn.Module):
-    """Stands for encoder and decoder of MRMAE in the closed-form case: the case gives the decoder's output, and the student's tokens."""
+class Given(nn.Module):
+    """Stands for encoder and decoder of MRMAE in the closed-form case, which gives what they return."""
 
     def __init__(self, value: Any) -> None:
         super().__init__()
@@ -266,23 +300,21 @@ class GivenPredictions(nn.Module):
 
 
 def joint_loss(case: Case) -> dict[str, Tensor]:
-    from common.blocks import Encoded
-
-    config, keep = case.config, case.files["ids_keep"]
-    head, teacher = mimic_inputs(case, 12, 10, config["grid"])
+    config, keep, head = case.config, case.files["ids_keep"], mimic_head(case)
     images, pred = told(case, "images").double(), told(case, "pred").double()
-    tokens = made("normal", "mr_mae.mimic.student", (config["batch"], keep.shape[1], 12)).double()
-    patch = config["patch"]
-    weights = [config["mimic_weight"]]
-    model = MRMAE(
-        config["grid"] * patch, stage_patch=(patch // 4, 2, 2), stage_dims=(4, 8, 12), stage_depths=(0, 0, 0), num_heads=2, decoder_dim=8,
-        decoder_depth=0, decoder_heads=2, mask_ratio=1 - keep.shape[1] / config["grid"] ** 2, teacher_dims=[10], mimic_weights=weights,
-    )  # fmt: skip
-    mask: Mask = from_keep(keep, config["grid"] ** 2)
-    model.encoder, model.mimics[0] = GivenPredictions(Encoded(tokens, {})), head
-    model.decoder = GivenPredictions(pred.gather(1, mask.masked[..., None].expand(-1, -1, pred.shape[-1])))
-    out = model(images, [teacher], mask)
-    return {"pixel": out.pixel, "mimic": out.mimic / config["mimic_weight"], "total": out.loss}
+    teacher, student = told(case, "teacher"), told(case, "student").double()
+    count, kept = config["grid"] ** 2, keep.shape[1]
+    mask, found = from_keep(keep, count), {}
+    for name, weight in (("plain", 1.0), ("weighted", config["mimic_weight"])):
+        model = MRMAE(
+            images.shape[-1], stage_patch=(config["patch"], 1, 1), stage_dims=(4, 8, 12), stage_depths=(0, 0, 0), num_heads=2, decoder_dim=8,
+            decoder_depth=0, decoder_heads=2, mask_ratio=1 - (kept + 0.5) / count, norm_pix=config.get("norm_pix", True),
+            teacher_dims=[teacher.shape[-1]], mimic_weights=[weight],
+        )  # fmt: skip
+        model.encoder, model.mimics[0] = Given(Encoded(student, {})), head
+        model.decoder = Given(pred.gather(1, mask.masked[..., None].expand(-1, -1, pred.shape[-1])))
+        found[name] = model(images, [teacher], mask)
+    return {"pixel": found["plain"].pixel, "mimic": found["plain"].mimic, "total": found["weighted"].loss}
 
 
 def teacher_renormalise(case: Case) -> dict[str, Tensor]:
@@ -293,38 +325,49 @@ def teacher_renormalise(case: Case) -> dict[str, Tensor]:
 
 def stated(case: Case) -> None:
     """Expected outputs that the shared reader does not see: figures under other keys of the JSON file, and outputs named as inputs are."""
-    if not case.expected:
-        points = {name: plan["points"] for name, plan in case.raw.get("schedule", {}).items()}
-        figures = case.raw.get("groups", {}) | case.raw.get("layout", {}) | points
-        case.expected.update({name: torch.tensor(value, dtype=torch.float64) for name, value in figures.items()})
-        case.expected.update({name: case.files[name] for name in case.raw["outputs"] if name in case.files})
+    raw = case.raw
+    points = {name: plan["points"] for name, plan in raw.get("schedule", {}).items()}
+    tuned = {f"finetune.{name}": shape for name, shape in raw.get("finetune_layout", {}).items()}
+    counts = {f"parameters.{name}": count for name, count in raw.get("parameters", {}).items()}
+    counts |= {"finetune_parameters": raw["finetune_parameters"]} if "finetune_parameters" in raw else {}
+    figures = raw.get("groups", {}) | raw.get("layout", {}) | points | tuned | counts
+    case.expected.update({name: torch.tensor(value, dtype=torch.float64) for name, value in figures.items()})
+    case.expected.update({name: case.files[name] for name in raw.get("outputs", {}) if name in case.files})
 
 
-def as_stored(runner: Runner) -> Runner:
-    """The files hold 0-d outputs with one dimension."""
-    return lambda case: {
-        name: value.reshape(1) if tuple(getattr(case.expected.get(name), "shape", ())) == (1,) and value.numel() == 1 else value
-        for name, value in runner(case).items()
-    }
+def whole(runner: Runner) -> Runner:
+    """The runner beside `stated`; the files hold 0-d outputs with one dimension."""
+
+    def run(case: Case) -> dict[str, Tensor]:
+        stated(case)
+        return {
+            name: value.reshape(1) if tuple(getattr(case.expected.get(name), "shape", ())) == (1,) and value.numel() == 1 else value
+            for name, value in runner(case).items()
+        }
+
+    return run
 
 
 RUNNERS = {
-    "pretrain": as_stored(pretrain),
-    "conv_block": conv_block,
-    "finetune_logits": as_stored(classifier),
-    "token0_features": classifier,
-    "detection_backbone": detection_backbone,
-    "segmentation_backbone": segmentation_backbone,
-    "state_dict_layout": state_dict_layout,
-    "layer_decay": layer_decay,
-    "lr_schedule": lr_schedule,
-    "position_table": position_table,
-    "lars_steps": lars_steps,
-    "mimic_loss": as_stored(mimic_losses),
-    "mimic_fused_layers": as_stored(mimic_fused_layers),
-    "focused_mask": focused,
-    "joint_loss": as_stored(joint_loss),
-    "teacher_renormalise": teacher_renormalise,
+    kind: whole(runner)
+    for kind, runner in {
+        "pretrain": pretrain,
+        "conv_block": conv_block,
+        "finetune_logits": classifier,
+        "token0_features": classifier,
+        "detection_backbone": detection_backbone,
+        "segmentation_backbone": segmentation_backbone,
+        "state_dict_layout": state_dict_layout,
+        "layer_decay": layer_decay,
+        "lr_schedule": lr_schedule,
+        "position_table": position_table,
+        "lars_steps": lars_steps,
+        "mimic_loss": mimic_losses,
+        "mimic_fused_layers": mimic_fused_layers,
+        "focused_mask": focused,
+        "joint_loss": joint_loss,
+        "teacher_renormalise": teacher_renormalise,
+    }.items()
 }
 
 

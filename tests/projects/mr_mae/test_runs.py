@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL.Image import Resampling
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -17,7 +18,7 @@ from common.checkpoint import load_model, save_model
 from common.engine import NonFiniteLoss, Training, mean_over_processes
 from common.masking import random_mask
 from common.recipe import read
-from projects.mr_mae import evaluate, finetune, pretrain, pretrain_teacher
+from projects.mr_mae import evaluate, finetune, pictures, pretrain, pretrain_teacher
 from projects.mr_mae.classifier import fine_tuning_groups
 from projects.mr_mae.model import MRMAE
 from projects.mr_mae.pretrain import Architecture, TeacherSource
@@ -150,10 +151,14 @@ def test_a_row_trains_probes_compares_records_and_draws(tmp_path: Path, records:
     assert ("random", "pixel error") not in rows
     assert all(len(r["values"]) == 2 for r in kept)
     assert all(0 <= v <= 100 for v in found["both"]["linear probe (%)"])
-    for name in ("reconstructions", "mimicked", "orderings"):
+    for name in ("reconstructions", "mimicked", "attended", "orderings"):
         assert (records / f"demo-{name}.png").stat().st_size > 5_000
     assert evaluate.main(row) == found  # nothing is trained again
     assert evaluate.main(replace(row, features="fused", compare=[]))["both"] != found["both"]
+    evaluate.main(replace(row, name="ordering", seeds=[0], compare=[]))  # rows that a README shows
+    kept = [json.loads(path.read_text()) for path in (tmp_path / "projects/mr_mae/results").glob("*.json")]
+    assert {(r["recipe"], r["extra"]["row"]) for r in kept} == {("recipes/ordering.yaml", "both")}
+    assert {r["metric"] for r in kept} == {"linear probe (%)", "k-NN (%)", "pixel error"}
 
 
 def test_a_plain_vit_is_probed_and_becomes_timms(tmp_path: Path) -> None:
@@ -174,6 +179,28 @@ def test_a_plain_vit_is_probed_and_becomes_timms(tmp_path: Path) -> None:
     assert finetune.build(replace(recipe, image_size=96), 3)(torch.randn(1, 3, 96, 96)).shape == (1, 3)
     with pytest.raises(ValueError, match="expected a model with backbone='vit'"):
         plain_classifier(pretrain.build(tiny(tmp_path), [5]), 3)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_received_attention_is_that_of_explicit_products(plain: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    shape = {"backbone": "vit", "stage_patch": (16,), "stage_dims": (16,), "stage_depths": (1,), "mlp_ratio": (4,), "num_heads": 2}
+    model = MRMAE(64, **shape, targets="mimic", teacher_dims=[3]) if plain else pretrain.build(tiny(tmp_path), [5])
+    model, images = model.eval(), torch.randn(2, 3, 64, 64)
+    attention = (model.encoder.vit.stack.blocks if plain else model.encoder.blocks3)[-1].attn
+    attention.fused_attn = False
+    weights: list[Tensor] = []
+    attention.attn_drop.register_forward_pre_hook(lambda _, given: weights.append(given[0]))
+    received = pictures.received_attention(model, images)
+    among = weights[0][..., int(plain) :, int(plain) :]  # without the class token
+    torch.testing.assert_close(received, (among / among.sum(-1, keepdim=True)).mean((1, 2)))
+    torch.testing.assert_close(received.sum(1), torch.ones(2))
+
+
+def test_randaugment_is_bicubic_as_the_crop(tmp_path: Path) -> None:
+    recipe = finetune.Recipe(data="parts", image_size=64)
+    policy = finetune.Augmented(pretrain.load("parts", "train", limit=2), recipe).policy
+    assert {op.kwargs["resample"] for op in policy.ops if "resample" in op.kwargs} == {Resampling.BICUBIC}
 
 
 @pytest.mark.parametrize("protocol", ["finetune", "linear_probe"])
@@ -259,6 +286,8 @@ def test_two_processes_give_the_gradient_of_one(two_processes: Any) -> None:
         ("{targets: pixels, teachers: [], focus: top}", "focus=top: expected a teacher"),
         ("teachers: [{spec: oracle}]", "teacher oracle: expected data parts"),
         ("mask_ratio: 1.5", "mask_ratio"),
+        ("mask_ratio: 0.999", "ratio=0.999 keeps 0 of 196 tokens"),
+        ("image_size: 225", "image_size=225: expected a multiple of the patch of 16 pixels; the nearest are 224 and 240"),
         ("warmup: 1.0", "warmup=1.0"),
         ("maskratio: 0.5", "maskratio"),
         ("model: {size: giant}", "giant"),

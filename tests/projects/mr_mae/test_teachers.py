@@ -134,6 +134,26 @@ def test_clip_through_open_clip(monkeypatch: pytest.MonkeyPatch) -> None:
     assert projected.fingerprint() != teacher.fingerprint()
 
 
+def test_an_image_tower_without_patches_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def create(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no network")
+
+    configs = {"RN50": {"vision_cfg": {"layers": [3, 4, 6, 3]}}, "ViT-B-16": {"vision_cfg": {"patch_size": 16}}}
+    monkeypatch.setitem(sys.modules, "open_clip", SimpleNamespace(create_model=create, get_model_config=configs.get))
+    for name in ("RN50", "unheard-of"):
+        with pytest.raises(ValueError, match=rf"teacher open_clip:{name}: expected a model .* whose image tower is a vision transformer"):
+            load(f"open_clip:{name}", grid=14)
+    with pytest.raises(FileNotFoundError, match=r"expected its weights in nowhere.pt, could not read or fetch them \(RuntimeError\)"):
+        load("open_clip:ViT-B-16", grid=14, weights="nowhere.pt")
+
+
+def test_teachers_of_other_settings_have_other_features(tmp_path: Path) -> None:
+    _, path = vit(tmp_path)
+    plain, other = (load(f"timm:{NAME}", grid=4, weights=path, settings=VIT | more) for more in ({}, {"act_layer": "quick_gelu"}))
+    assert plain.fingerprint() != other.fingerprint()  # though the weights are the same
+    assert plain.fingerprint() == load(f"timm:{NAME}", grid=4, weights=path, settings=dict(reversed(VIT.items()))).fingerprint()
+
+
 def test_without_open_clip_the_message_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "open_clip", None)
     with pytest.raises(ImportError, match="pip install open_clip_torch"):

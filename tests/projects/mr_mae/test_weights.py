@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import warnings
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from common.checkpoint import save_model
 from projects.mr_mae.classifier import Classifier
 from projects.mr_mae.dense import DetectionBackbone, SegmentationBackbone
 from projects.mr_mae.model import MRMAE
-from projects.mr_mae.weights import load_reference, our_name, read, reference_state, shape_of, their_name
-from tests.projects.mr_mae.test_model import BACKBONE, batch, built
+from projects.mr_mae.weights import begin_from, load_reference, our_name, read, reference_state, shape_of, their_name
+from tests.projects.mr_mae.test_model import BACKBONE, PLAIN, batch, built
 
+DECODER = {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
 DENSE = BACKBONE | {"stage_depths": (1, 1, 3)}
 
 
@@ -61,6 +63,29 @@ def test_an_encoder_file_fills_the_encoder_and_names_what_stays_new(tmp_path: Pa
     assert torch.equal(model.encoder.blocks3[2].attn.qkv.weight, source.encoder.blocks3[2].attn.qkv.weight)
     assert "decoder.mask_token" in missing
     assert "encoder.norm.weight" not in missing
+
+
+@pytest.mark.parametrize("config", [{}, PLAIN], ids=["convmae", "vit"])
+def test_a_run_to_begin_from_gives_its_decoder_and_mimic_heads_too(config: dict[str, Any], tmp_path: Path) -> None:
+    source = built(teacher_dims=[5], **config)
+    save_model(source, tmp_path / "run")
+    with torch.random.fork_rng():
+        model = MRMAE(**config | {"image_size": 96} if config else BACKBONE | DECODER | {"image_size": 96}, teacher_dims=[5])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        begin_from(model, tmp_path / "run")
+    for name, p in source.named_parameters():
+        assert name == "encoder.pos_embed" or torch.equal(p, dict(model.named_parameters())[name]), name
+    with pytest.raises(ValueError, match=r"mimics.0.head.bias is \(5,\) there, \(6,\) for the teachers of this recipe; set teachers"):
+        begin_from(built(teacher_dims=[6], **config), tmp_path / "run")
+    save_model(built(targets="pixels", **config), tmp_path / "pixels")
+    with pytest.warns(UserWarning, match=r"pixels; mimic heads keep their initial values"):
+        begin_from(built(teacher_dims=[5], **config), tmp_path / "pixels")
+
+
+def test_a_plain_vit_is_no_convmae() -> None:
+    with pytest.raises(ValueError, match=r"expected a model with the ConvMAE backbone, found a plain ViT"):
+        load_reference(built(targets="pixels", **PLAIN), {})
 
 
 def test_fine_tuning_expects_a_new_head_and_norm_alone(tmp_path: Path) -> None:
@@ -116,8 +141,20 @@ def test_another_size_is_named_with_both_shapes() -> None:
         load_reference(Classifier(3, **BACKBONE | {"stage_dims": (10, 12, 16)}), state)
 
 
-def test_pickled_arguments_are_not_run(tmp_path: Path) -> None:
-    torch.save({"model": released(built(targets="pixels")), "args": argparse.Namespace(lr=1)}, tmp_path / "tuned.pth")
+def test_a_fine_tuned_file_is_read_beside_its_arguments_and_other_objects_are_refused(tmp_path: Path) -> None:
+    tuned = Classifier(3, **BACKBONE)
+    content = {
+        "model": tuned.state_dict(),
+        "args": argparse.Namespace(lr=1, output="x"),
+        "optimizer": {"state": {}},
+        "epoch": 99,
+        "scaler": {},
+    }
+    torch.save(content, tmp_path / "tuned.pth")
+    again = Classifier(3, **BACKBONE)
+    assert load_reference(again, tmp_path / "tuned.pth") == []
+    assert torch.equal(again.head.weight, tuned.head.weight)
+    torch.save(content | {"args": Fraction(1, 2)}, tmp_path / "tuned.pth")
     with pytest.raises(ValueError, match="convert it to safetensors where you trust it"):
         read(tmp_path / "tuned.pth")
     with pytest.raises(FileNotFoundError):
