@@ -44,9 +44,9 @@ parity: $(READY)  ## worst relative error of every parity case   [GOLDENS=folder
 bench: $(READY)  ## benchmarks on whatever this machine has
 	$(BIN)/python -m benchmarks
 
-gpu-check: $(READY)  ## kernel tests and kernel benchmark on a GPU, under 8 minutes
-	TRITON_INTERPRET=0 timeout 240 $(BIN)/python -m pytest tests/kernels
-	$(BIN)/python -m benchmarks.kernels --rounds 20 --budget 180
+gpu-check: $(if $(GPU_PYTHON),,$(READY))  ## kernel tests and kernel benchmark on a GPU, under 8 minutes   [GPU_PYTHON=python3 that has torch]
+	TRITON_INTERPRET=0 timeout 240 $(or $(GPU_PYTHON),$(BIN)/python) -m pytest tests/kernels
+	$(or $(GPU_PYTHON),$(BIN)/python) -m benchmarks.kernels --rounds 20 --budget 180
 
 tables: $(READY)  ## render the tables of all READMEs from the records
 	$(BIN)/python -m projects tables
