@@ -1,6 +1,6 @@
 """Images for MixedAE: folders (ImageNet's layout, or flat), CIFAR-10 and Tiny-ImageNet as Parquet files, and "textured objects", the embedded default.
 
-Under the data root: `<folder>/train/<class>/*` and `<folder>/val/<class>/*` (or one flat folder for pre-training), `cifar10/{train,test}.parquet`,
+Under the data root: `<folder>/train/<class>/*` and `<folder>/val/<class>/*` (or any folder of images for pre-training), `cifar10/{train,test}.parquet`,
 `tinyimagenet/{train,val}.parquet` with columns `image` (encoded bytes) and `label`.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,7 +35,7 @@ class Split:
     pixels: Tensor | list[Path]
     """(N, 3, S, S) uint8, or N files."""
     labels: Tensor
-    """(N,) int64; -1 in a flat folder."""
+    """(N,) int64; -1 where nobody says what is to be classified."""
     objects: Tensor | None = None
     """(N, L) share of each patch that the object covers (textured objects)."""
     sha256: str = "generated"
@@ -135,8 +135,15 @@ def parquet(path: Path, what: str) -> Split:
         encoded = [entry["bytes"] for entry in columns["image"]]
     except (pyarrow.ArrowException, KeyError, TypeError, OSError) as err:
         raise ValueError(f"{path}: expected a Parquet file with columns image (bytes) and label, found another ({err})") from err
-    pixels = torch.stack([_decode(data, f"{path}, row {i}") for i, data in enumerate(encoded)])
-    return Split(what, pixels, torch.tensor(columns["label"]), sha256=checksum(path))
+    pixels = [_decode(data, f"{path}, row {i}") for i, data in enumerate(encoded)]
+    if not pixels:
+        raise ValueError(f"{path}: expected images, found no row; fetch the file again")
+    if other := next((i for i, image in enumerate(pixels) if image.shape != pixels[0].shape), None):
+        raise ValueError(
+            f"{path}, row {other}: expected {tuple(pixels[0].shape[1:])} pixels as in row 0, found {tuple(pixels[other].shape[1:])}; "
+            "bring all to one size, or unpack the file and use data=folder"
+        )
+    return Split(what, torch.stack(pixels), torch.tensor(columns["label"]), sha256=checksum(path))
 
 
 def folder(path: Path) -> Split:
@@ -161,8 +168,10 @@ def load(
     """Training and test split; textured objects are drawn for `seed`.
 
     Args:
-        where: folder under the data root that holds `train` and `val` (name = "folder").
+        where: folder under the data root that holds `train` and `val` (name = "folder"); one without `train` serves pre-training alone: no labels.
         counts: of textured objects: train, test, related, group.
+    Raises:
+        FileNotFoundError, ValueError: as the readers say; `train` and `val` with other classes.
     """
     if name == "textured":
         train, test = counts.get("train", 4096), counts.get("test", 1024)
@@ -171,9 +180,28 @@ def load(
     base = root(data_root)
     if name == "folder":
         inside = base / where
-        return (folder(inside / "train"), folder(inside / "val")) if (inside / "train").is_dir() else (folder(inside), folder(inside))
+        if not (inside / "train").is_dir():
+            every = folder(inside)
+            every = replace(every, labels=torch.full_like(every.labels, -1))  # measuring on what was trained on would be no test
+            return every, every
+        kinds = [sorted(p.name for p in (inside / part).glob("*") if p.is_dir()) for part in ("train", "val")]
+        if kinds[1] and kinds[0] != kinds[1]:
+            alone = sorted(set(kinds[0]) ^ set(kinds[1]))
+            raise ValueError(
+                f"{inside}: expected the same classes in train and val, found {len(alone)} in one alone ({', '.join(alone[:3])})"
+            )
+        return folder(inside / "train"), folder(inside / "val")
     files = PARQUET[name]
     return parquet(base / name / files[0], f"{name}, training"), parquet(base / name / files[1], f"{name}, test")
+
+
+def check_labelled(*splits: Split) -> None:
+    """Refuse images without labels, which serve pre-training alone."""
+    for split in splits:
+        if int(split.labels.min()) < 0:
+            raise ValueError(
+                f"{split.name}: expected labels, from train/<class>/* and val/<class>/*; found images without classes, which serve pre-training alone"
+            )
 
 
 # ---------------------------------------------------------------- samples and batches

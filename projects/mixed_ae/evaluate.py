@@ -23,13 +23,14 @@ from common.probes import accuracy, knn_classify, linear_probe_lbfgs
 from common.recipe import parse, to_yaml
 from common.results import Record, picture_path, save_record
 from projects.mixed_ae import pictures, pretrain
-from projects.mixed_ae.data import Samples, Split, textured
+from projects.mixed_ae.data import Samples, Split, check_labelled, textured
 from projects.mixed_ae.information import linear_prediction
 from projects.mixed_ae.mixing import draw, group_size
 from projects.mixed_ae.model import MixedAE
 from projects.mixed_ae.pretrain import Variant
 
 LINEAR, KNN, IOU = "linear accuracy (%)", "k-NN accuracy (%)", "object IoU (%)"
+FILLERS = {0.0: "error with fillers / without, related 0", 0.8: "error with fillers / without, related 0.8"}
 RECOGNISED, CONTRAST = "homologous accuracy (%)", "contrastive loss"
 
 
@@ -50,9 +51,11 @@ class Recipe:
     neighbours: PositiveInt = 20
     """k of k-NN."""
     dense_images: PositiveInt = 256
-    """Training images whose patches the linear patch classifier sees (textured objects)."""
+    """Images whose patches the linear patch classifier is fitted on, and as many that it is measured on (textured objects)."""
     segments: bool = False
     """Add the mean segment vector to patches when features are taken."""
+    demo: bool = False
+    """Records and pictures go to the report of embedded defaults."""
     data_root: str | None = None
     """Folder of the data sets; default: the environment variable CONTRAMASK_DATA."""
     out: str = "runs/mixed_ae"
@@ -60,16 +63,18 @@ class Recipe:
 
 
 @torch.no_grad()
-def tokens(model: MixedAE, split: Split, crop: bool, *, segments: bool = False, batch: int = 256) -> Tensor:
-    """Patch tokens (N, L, D) of whole images in order, on the CPU."""
+def features(model: MixedAE, split: Split, crop: bool, dense: int, *, segments: bool = False, batch: int = 256) -> tuple[Tensor, Tensor]:
+    """Mean patch token (N, D) of whole images in order, and all patch tokens (`dense`, L, D) of the first ones, on the CPU."""
     device, size = model.cls_token.device, model.image_shape[1]
     samples = Samples(split, size, "centre" if crop and not isinstance(split.pixels, Tensor) else "none")
     model.eval()
-    parts = []
+    means, patches = [], []
     for rows in torch.arange(len(split)).split(batch):
         images = torch.stack([samples[int(i)][0] for i in rows]).to(device)
-        parts.append(model.features(images, segments=segments)[:, 1:].float().cpu())
-    return torch.cat(parts)
+        tokens = model.features(images, segments=segments)[:, 1:].float().cpu()
+        means.append(tokens.mean(1))
+        patches.append(tokens[: max(0, dense - int(rows[0]))])  # all of them would not fit into memory for larger sets
+    return torch.cat(means), torch.cat(patches)
 
 
 def iou(truth: Tensor, found: Tensor) -> float:
@@ -80,17 +85,16 @@ def iou(truth: Tensor, found: Tensor) -> float:
 
 def measure(model: MixedAE, train: Split, test: Split, recipe: Recipe) -> dict[str, float]:
     """Frozen features in per cent: class by logistic regression and k-NN on the mean patch token, object by a linear classifier of patches."""
-    crop = recipe.pretrain.crop
-    seen = [tokens(model, split, crop, segments=recipe.segments and model.segment_embed is not None) for split in (train, test)]
-    mean = [part.mean(1) for part in seen]
+    crop, segments = recipe.pretrain.crop, recipe.segments and model.segment_embed is not None
+    dense = 0 if train.objects is None else recipe.dense_images
+    mean, seen = zip(*(features(model, split, crop, dense, segments=segments) for split in (train, test)), strict=True)
     found = {
         LINEAR: 100 * linear_probe_lbfgs((mean[0], train.labels), (mean[1], test.labels), max_iter=300, tolerance=1e-5)[1],
         KNN: 100 * accuracy(test.labels, knn_classify(mean[0], train.labels, mean[1], k=recipe.neighbours).argmax(1)),
     }
     if train.objects is not None and test.objects is not None:
-        few = slice(recipe.dense_images)
         patches = [
-            (part[few].flatten(0, 1), (split.objects[few] > 0.5).long().flatten()) for part, split in zip(seen, (train, test), strict=True)
+            (part.flatten(0, 1), (split.objects[:dense] > 0.5).long().flatten()) for part, split in zip(seen, (train, test), strict=True)
         ]
         head, _ = linear_probe_lbfgs(*patches, max_iter=200, tolerance=1e-5)
         with torch.no_grad():
@@ -124,10 +128,10 @@ def information(seed: int, group: int, groups: int = 800) -> dict[str, float]:
     """Error of the best linear guess of hidden patch colours with fillers over that without, for unrelated and for related images of a group."""
     out = {}
     owner = draw(torch.rand(16, generator=torch.Generator().manual_seed(seed)), group)
-    for related in (0.0, 0.8):
+    for related, metric in FILLERS.items():
         images = textured(groups * group, seed, size=16, patch=4, related=related, group=group).pixels
         guess = linear_prediction(images, 4, group, owner)
-        out[f"error with fillers / without, related {related:g}"] = guess.mixed / guess.masked
+        out[metric] = guess.mixed / guess.masked
     return out
 
 
@@ -135,50 +139,44 @@ def main(recipe: Recipe) -> list[Path]:
     """Records of every method and metric, in the order of the recipe; empty on processes other than the first."""
     base = replace(recipe.pretrain, data_root=recipe.data_root or recipe.pretrain.data_root, out=recipe.out)
     recipe = replace(recipe, pretrain=base)
-    embedded = base.data == "textured"
     runs = {"all" if base.method.mixing != "none" else "mae": base}
-    runs |= {name: pretrain.variant(recipe.pretrain, name) for name in recipe.compare}
+    runs |= {name: pretrain.variant(base, name) for name in recipe.compare}
     found: dict[str, dict[int, dict[str, float]]] = {}
-    sha = ""
+
+    def note(row: str, seed: int, values: dict[str, float]) -> None:
+        found.setdefault(row, {})[seed] = values
+        if pretrain.is_main():
+            shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items() if name != "seconds")
+            print(f"{base.name}, {row}, seed {seed}: {shown}", flush=True)
+
     for seed in recipe.seeds:
         data = pretrain.splits(replace(base, seed=seed))
-        sha = data[0].sha256
+        check_labelled(*data)
         for name, run in runs.items():
-            found.setdefault(name, {})[seed] = values = score(recipe, replace(run, seed=seed), data)
-            _say(recipe, name, seed, values)
+            note(name, seed, score(recipe, replace(run, seed=seed), data))
         if recipe.untrained:
             began = time.monotonic()
             seed_everything(seed)
-            values = measure(pretrain.build(recipe.pretrain), *data, recipe) | {"seconds": time.monotonic() - began}
-            found.setdefault("untrained", {})[seed] = values
-            _say(recipe, "untrained", seed, values)
+            note("untrained", seed, measure(pretrain.build(base), *data, recipe) | {"seconds": time.monotonic() - began})
         if recipe.information:
             began = time.monotonic()
-            values = information(seed, group_size(recipe.pretrain.method.ratio)) | {"seconds": time.monotonic() - began}
-            found.setdefault("information", {})[seed] = values
-            _say(recipe, "information", seed, values)
+            note("information", seed, information(seed, group_size(base.method.ratio)) | {"seconds": time.monotonic() - began})
     if not pretrain.is_main():
         return []
-    paths = [path for row, by_seed in found.items() for path in _record(recipe, row, by_seed, sha, embedded)]
-    first = replace(recipe.pretrain, seed=recipe.seeds[0])
-    if first.method.mixing != "none":
-        _draw(first, embedded)
+    paths = [path for row, by_seed in found.items() for path in _record(recipe, row, by_seed, data)]
+    if base.method.mixing != "none":
+        _draw(replace(base, seed=recipe.seeds[0]), recipe.demo)
     return paths
 
 
-def _say(recipe: Recipe, row: str, seed: int, values: dict[str, float]) -> None:
-    if pretrain.is_main():
-        shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items() if name != "seconds")
-        print(f"{recipe.pretrain.name}, {row}, seed {seed}: {shown}", flush=True)
-
-
-def _record(recipe: Recipe, row: str, by_seed: dict[int, dict[str, float]], sha: str, embedded: bool) -> list[Path]:
+def _record(recipe: Recipe, row: str, by_seed: dict[int, dict[str, float]], data: tuple[Split, Split]) -> list[Path]:
     hours = sum(values["seconds"] for values in by_seed.values()) / 3600
     weights = {"untrained": "untrained", "information": "least squares"}.get(row, "trained here")
     run = recipe.pretrain
     budget = f"{run.training.steps or run.training.epochs} {'steps' if run.training.steps else 'epochs'} of {run.batch_size} images"
     names = [name for name in next(iter(by_seed.values())) if name != "seconds"]
-    data = {"name": "textured objects" if embedded else run.data, "split": "test", "sha256": sha}
+    about = {"name": "textured objects" if run.data == "textured" else run.data, "split": "test", "sha256": data[1].sha256}
+    about["training_sha256"] = data[0].sha256
     return [
         save_record(
             "mixed_ae",
@@ -188,17 +186,17 @@ def _record(recipe: Recipe, row: str, by_seed: dict[int, dict[str, float]], sha:
                 [values[name] for values in by_seed.values()],
                 list(by_seed),
                 weights,
-                data,
+                about,
                 hours,
                 {"row": row, "budget": budget},
             ),
-            demo=embedded,
+            demo=recipe.demo,
         )
         for name in names
     ]
 
 
-def _draw(run: pretrain.Recipe, embedded: bool) -> None:
+def _draw(run: pretrain.Recipe, demo: bool) -> None:
     """Reconstructions, the keys that patches keep, and the course of the homologous accuracy, of one trained run."""
     from common.checkpoint import load_model
 
@@ -206,11 +204,11 @@ def _draw(run: pretrain.Recipe, embedded: bool) -> None:
     test = pretrain.splits(run)[1]
     samples = Samples(test, run.model.image_size, "none" if isinstance(test.pixels, Tensor) else "centre")
     images = torch.stack([samples[i][0] for i in range(run.group)])
-    pictures.reconstructions(picture_path("mixed_ae", f"{run.name}_reconstructions", demo=embedded), model, images, run.seed)
+    pictures.reconstructions(picture_path("mixed_ae", f"{run.name}_reconstructions", demo=demo), model, images, run.seed)
     if model.homologous:
-        pictures.kept_keys(picture_path("mixed_ae", f"{run.name}_kept_keys", demo=embedded), model, images, run.seed)
+        pictures.kept_keys(picture_path("mixed_ae", f"{run.name}_kept_keys", demo=demo), model, images, run.seed)
     history = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
-    pictures.course(picture_path("mixed_ae", f"{run.name}_course", demo=embedded), history, run.method.ratio)
+    pictures.course(picture_path("mixed_ae", f"{run.name}_course", demo=demo), history, run.method.ratio)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Fine-tune the encoder, or train a linear layer on it with crops, and record top-1: `python -m projects.mixed_ae.finetune --config projects/mixed_ae/recipes/imagenet_1600_finetune.yaml --data-root D`.
 
-Nothing is mixed across groups here, attention is ordinary, no segment vectors (option: their mean). Recipes are MAE's for ViT-B. Pre-trains first where that is missing.
+Patches are not mixed here, attention is ordinary, no segment vectors (option: their mean). Recipes are MAE's for ViT-B. Pre-trains first where that is missing.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from common.recipe import parse, to_yaml
 from common.results import Record, save_record
 from common.schedule import cosine, scaled_lr
 from projects.mixed_ae import pretrain
-from projects.mixed_ae.data import MEAN, Samples, Split, normalised
+from projects.mixed_ae.data import MEAN, Samples, Split, check_labelled, normalised
 from projects.mixed_ae.model import Classifier, MixedAE
 from projects.mixed_ae.weights import load_encoder, load_mae
 
@@ -157,7 +157,7 @@ def optimizer(model: nn.Module, recipe: Recipe, lr: float) -> torch.optim.Optimi
 def loader_of(recipe: Recipe, split: Split, classes: int) -> DataLoader[Any]:
     """Batches (images, targets); targets are soft where mixup or cutmix is on."""
     run, augment = recipe.pretrain, recipe.augment
-    samples = Samples(split, run.model.image_size, "crop" if run.crop else "none")
+    samples = Samples(split, run.model.image_size, "crop" if run.crop else "none", scale=(0.08, 1.0))
     mixup = None
     if run.crop and recipe.protocol == "finetune":
         samples.transform = _policy(run.model.image_size, augment)
@@ -214,8 +214,7 @@ def train(recipe: Recipe, data: tuple[Split, Split]) -> dict[str, float]:
     check_recipe(recipe.folder, to_yaml(recipe))
     if kept.is_file():
         return json.loads(kept.read_text())
-    if int(data[0].labels.min()) < 0:
-        raise ValueError(f"{data[0].name}: expected labels, one folder a class; found a flat folder, which serves pre-training alone")
+    check_labelled(*data)
     classes = int(torch.cat([split.labels for split in data]).max()) + 1
     model = build(recipe, classes)
     loader = loader_of(recipe, data[0], classes)

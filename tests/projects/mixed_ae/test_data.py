@@ -10,7 +10,20 @@ import pytest
 import torch
 from PIL import Image
 
-from projects.mixed_ae.data import Samples, Scenes, Split, batches, folder, load, normalised, parquet, textured, textured_object
+from projects.mixed_ae.data import (
+    Name,
+    Samples,
+    Scenes,
+    Split,
+    batches,
+    check_labelled,
+    folder,
+    load,
+    normalised,
+    parquet,
+    textured,
+    textured_object,
+)
 
 
 def test_textured_objects_depend_on_seed_and_number_alone() -> None:
@@ -61,6 +74,16 @@ def test_folders_with_classes_or_without(tmp_path: Path) -> None:
     (tmp_path / "flat" / "1.jpg").write_bytes(_jpeg(7))
     train, test = load("folder", data_root=str(tmp_path), where="flat")
     assert train.labels.tolist() == test.labels.tolist() == [-1]
+    bare, _ = load("folder", data_root=str(tmp_path), where="x/train")  # classes, but no train and val: the same images would be the test
+    assert bare.labels.tolist() == [-1] * 3
+    with pytest.raises(ValueError, match=r"train: expected labels.*serve pre-training alone"):
+        check_labelled(bare)
+    (tmp_path / "x" / "val" / "b").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"expected the same classes in train and val, found 1 in one alone \(a\)"):
+        load("folder", data_root=str(tmp_path), where="x")
+    (tmp_path / "x" / "val" / "a").mkdir()
+    (tmp_path / "x" / "val" / "b" / "1.png").write_bytes(_jpeg(5))
+    assert load("folder", data_root=str(tmp_path), where="x")[1].labels.tolist() == [1]
     image, label = Samples(train, 16, "crop")[0]
     assert (image.shape, int(label)) == ((3, 16, 16), -1)
     assert Samples(train, 16, "centre")[0][0].shape == (3, 16, 16)
@@ -82,21 +105,38 @@ def test_files_that_do_not_serve_are_named(tmp_path: Path) -> None:
         load("cifar10", data_root=str(tmp_path))
 
 
-def test_parquet_files_are_read_and_a_bad_row_is_named(tmp_path: Path) -> None:
-    import pyarrow
-    import pyarrow.parquet
+def write_parquet(path: Path, cells: list[bytes], labels: list[int], names: list[str]) -> Path:
+    """The format of the shared files: Hugging Face features, image = struct of bytes and path."""
+    import datasets
 
-    def write(cells: list[bytes]) -> Path:
-        rows = {"image": [{"bytes": cell, "path": "x"} for cell in cells], "label": list(range(len(cells)))}
-        pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "p.parquet")
-        return tmp_path / "p.parquet"
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    rows = {"image": [{"bytes": cell, "path": f"{i}.JPEG"} for i, cell in enumerate(cells)], "label": labels}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(path)
+    return path
 
-    split = parquet(write([_jpeg(30), _jpeg(220)]), "two")
-    assert split.pixels.float().mean((1, 2, 3)).round().tolist() == [30, 220]
-    assert split.labels.tolist() == [0, 1]
-    assert len(split.sha256) == 64
+
+@pytest.mark.parametrize(("name", "test", "side", "classes"), [("tinyimagenet", "val", 64, 20), ("cifar10", "test", 32, 10)])
+def test_parquet_files_are_read_in_their_real_format(name: Name, test: str, side: int, classes: int, tmp_path: Path) -> None:
+    names = [f"class {i}" for i in range(classes)]
+    write_parquet(tmp_path / name / "train.parquet", [_jpeg(30, side), _jpeg(220, side)], [classes - 1, 0], names)
+    write_parquet(tmp_path / name / f"{test}.parquet", [_jpeg(90, side)], [3], names)
+    train, held = load(name, data_root=str(tmp_path))
+    assert (train.pixels.shape, train.pixels.dtype, held.pixels.shape) == ((2, 3, side, side), torch.uint8, (1, 3, side, side))
+    assert train.pixels.float().mean((1, 2, 3)).round().tolist() == [30, 220]
+    assert (train.labels.tolist(), held.labels.tolist()) == ([classes - 1, 0], [3])
+    assert len(train.sha256) == 64
+    assert train.sha256 != held.sha256
+
+
+def test_a_bad_row_of_a_parquet_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "p.parquet"
     with pytest.raises(ValueError, match="row 1: expected an image"):
-        parquet(write([_jpeg(30), b"no image"]), "two")
+        parquet(write_parquet(path, [_jpeg(30), b"no image"], [0, 0], ["a"]), "two")
+    with pytest.raises(ValueError, match=r"row 1: expected \(8, 8\) pixels as in row 0, found \(16, 16\); bring all to one size"):
+        parquet(write_parquet(path, [_jpeg(30), _jpeg(30, 16)], [0, 0], ["a"]), "two")
+    with pytest.raises(ValueError, match="expected images, found no row"):
+        parquet(write_parquet(path, [], [], ["a"]), "none")
 
 
 def test_batches_hold_whole_groups() -> None:
@@ -136,7 +176,7 @@ def test_a_group_of_one_image_over_and_over_is_warned_of() -> None:
         list(batches(Samples(Split("MAE", pixels[:4], torch.zeros(4, dtype=torch.int64)), 4, "none"), 4, 1))
 
 
-@pytest.mark.parametrize(("name", "file", "classes", "side"), [("tinyimagenet", "val.parquet", 20, 64)])
-def test_real_files(name: str, file: str, classes: int, side: int, shared_data: Path) -> None:
-    split = parquet(shared_data / name / file, name)
-    assert (len(split), split.pixels.shape[1:], int(split.labels.max()) + 1) == (1000, (3, side, side), classes)
+def test_the_real_tiny_imagenet_file(shared_data: Path) -> None:
+    split = parquet(shared_data / "tinyimagenet" / "val.parquet", "Tiny-ImageNet")
+    assert (len(split), split.pixels.shape[1:]) == (1000, (3, 64, 64))
+    assert split.labels.bincount().tolist() == [50] * 20

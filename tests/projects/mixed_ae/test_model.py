@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.mixed_ae_step import plain_loss
 from common.checkpoint import load_model, save_model
 from common.patch import patchify
 from projects.mixed_ae import Classifier, MixedAE
@@ -147,6 +148,30 @@ def test_every_image_is_rebuilt_and_its_own_patches_weigh_nothing() -> None:
     assert bool((out.mask.hidden.sum(1) == 12).all())
 
 
+@pytest.mark.parametrize(
+    ("sizes", "method"),
+    [
+        ({"image_size": 24}, {"ratio": 1 / 3, "temperature": 0.1, "weight": 0.5}),
+        ({"image_size": 20, "patch_size": 2, "decoder_depth": 3}, {"ratio": 0.5, "count": 7}),
+        ({"depth": 3, "num_heads": 1}, {"ratio": 0.125, "count": 16, "weight": 0.0}),
+    ],
+)
+def test_the_step_is_its_plain_form(sizes: dict[str, Any], method: dict[str, Any]) -> None:
+    """Loss and gradients of the method written equation by equation, which the benchmark times beside ours."""
+    model = make(**sizes, **method).double()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)  # scores far from ties
+    images = pictures(2 * model.group, model.image_shape[1]).double()
+    torch.manual_seed(3)
+    plain_loss(model, images).backward()
+    want = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    torch.manual_seed(3)
+    model(images).loss.backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, want[name], rtol=1e-9, atol=1e-12)
+
+
 def test_the_class_latent_reaches_every_image() -> None:
     model, images = make(), pictures()
     out = model(images, noise=noise())
@@ -155,7 +180,7 @@ def test_the_class_latent_reaches_every_image() -> None:
 
 
 def test_an_image_is_rebuilt_from_its_own_latents_alone() -> None:
-    """With attention over the true image only there would be no path; here the decoder's input is checked: others' tokens do not enter."""
+    """The decoder of an image gets no token of another: with the encoder's attention cut, a change of one image reaches its own prediction alone."""
     model, images = make(depth=1, homologous=False, segments=False, weight=0.0), pictures()
     with torch.no_grad():  # without attention each latent is a function of its own patch
         for block in model.blocks:

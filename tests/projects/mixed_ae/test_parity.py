@@ -12,6 +12,7 @@ from torch import Tensor
 
 from common.kernels.topk_attention import kept_pairs, topk_attention
 from common.masking import restore_tokens
+from common.patch import sincos_2d
 from projects.mixed_ae.information import gaussian_information
 from projects.mixed_ae.mixing import draw, full, mix, ownership, unmix
 from projects.mixed_ae.model import Classifier, MixedAE, homologous_contrast
@@ -20,8 +21,11 @@ from tests.parity import Case, cases, check, fill
 
 
 def filled(case: Case, name: str) -> Tensor:
+    return made(case.raw["inputs"][name])
+
+
+def made(rule: str) -> Tensor:
     """An input written as a call of the fill rule, `fill.normal('name', (2, 3))`, whatever words follow."""
-    rule = case.raw["inputs"][name]
     kind, key, shape = re.match(r"fill\.(\w+)\('([^']+)', \(([\d, ]+)\)\)", rule).groups()
     return torch.from_numpy(np.array(getattr(fill, kind)(key, tuple(int(n) for n in shape.split(",") if n.strip()))))
 
@@ -58,12 +62,12 @@ def homologous_attention(case: Case) -> dict[str, Tensor]:
 
 
 def homologous_contrastive(case: Case) -> dict[str, Tensor]:
-    config, group = case.config, case.config["group"]
+    group = case.config["group"]
     owner = draw(filled(case, "noise"), group)
-    rule = case.raw["inputs"]["features"]
-    scale, name, shape = re.search(r"\+ ([\d.]+) \* fill\.normal\('([^']+)', \(([\d, ]+)\)\)", rule).groups()
-    centres = torch.from_numpy(np.array(fill.normal(name, tuple(map(int, shape.split(","))))))
-    features = filled(case, "features") + float(scale) * centres[torch.arange(config["groups"])[:, None], owner]
+    features = filled(case, "features")
+    if centred := re.search(r"\+ ([\d.]+) \* (fill\..+)", case.raw["inputs"]["features"]):
+        centres = made(centred[2])
+        features = features + float(centred[1]) * centres[torch.arange(len(centres))[:, None], owner]
     out: dict[str, Tensor] = {}
     for key in case.expected:
         if told := re.match(r"loss\.tau([\d.]+)$", key):
@@ -88,7 +92,7 @@ def sizes(config: dict[str, Any]) -> dict[str, Any]:
 
 def model_of(case: Case) -> MixedAE:
     config = case.config
-    attention = str(config["homologous_attention"])
+    attention = str(config.get("homologous_attention"))  # "all encoder blocks", "none (full attention)", or the numbers of some
     model = MixedAE(
         **sizes(config),
         decoder_dim=config["decoder_dim"],
@@ -103,8 +107,10 @@ def model_of(case: Case) -> MixedAE:
         temperature=config["temperature"],
         norm_pix=config["norm_pix"],
     )
-    tables = {name: model.state_dict()[name] for name in case.raw["not_filled"]}
-    load_mae(model, case.state | tables)
+    for norm in (module for module in model.modules() if isinstance(module, torch.nn.LayerNorm)):
+        norm.eps = config.get("norm_eps", norm.eps)
+    tables = {name: model.state_dict()[name] for name in ("pos_embed", "decoder_pos_embed")}
+    load_mae(model, tables | case.state)
     return model.train(case.raw["mode"] == "train")
 
 
@@ -112,11 +118,14 @@ def pretrain(case: Case) -> dict[str, Tensor]:
     model, images, noise = model_of(case), filled(case, "images"), filled(case, "noise")
     output = model(images, noise=noise)
     output.loss.backward()
+    contrast = output.contrast
+    if model.weight == 0:  # the model leaves it out
+        contrast = homologous_contrast(output.latent[:, 1:], output.assignment[:, 0], model.group, model.temperature)[0].mean()
     out = {
         "assignment": output.assignment[:, 0],
         "latent": output.latent,
         "pred": model.every_patch(output),
-        "loss.contrastive": output.contrast.view(1),
+        "loss.contrastive": contrast.view(1),
         "loss.total": output.loss.view(1),
         "accuracy.layers": output.accuracy,
     }
@@ -128,9 +137,9 @@ def pretrain(case: Case) -> dict[str, Tensor]:
 
 def finetune_logits(case: Case) -> dict[str, Tensor]:
     model = Classifier(**sizes(case.config), classes=case.config["classes"])
-    tables = {"pos_embed": MixedAE(**sizes(case.config), decoder_dim=8, decoder_depth=1, decoder_heads=1).pos_embed}
-    load_encoder(model, case.state | tables)
-    model.eval()
+    side = case.config["image_size"] // case.config["patch"]
+    load_encoder(model, {"pos_embed": sincos_2d((side, side), case.config["dim"], prefix=1)[None]} | case.state)
+    model.train(case.raw["mode"] == "train")
     tokens = model.forward_features(filled(case, "images"))
     return {"features": model.forward_head(tokens, pre_logits=True), "logits": model.forward_head(tokens)}
 

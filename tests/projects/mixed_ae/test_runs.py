@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shlex
 from dataclasses import replace
@@ -10,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from common import results
 from common.checkpoint import load_model
+from common.data import checksum
 from common.engine import NonFiniteLoss, Training
 from common.recipe import parse, read
 from projects.mixed_ae import Classifier, MixedAE, evaluate, finetune, pretrain
@@ -21,6 +24,7 @@ from projects.mixed_ae.data import Split, textured
 from tests.conftest import ROOT
 
 RECIPES = Path(pretrain.__file__).parent / "recipes"
+TABLES = RECIPES.parent / "tables.yaml"
 SMALL = pretrain.Architecture(
     image_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2, decoder_dim=8, decoder_depth=1, decoder_heads=2
 )
@@ -110,6 +114,7 @@ def test_evaluation_trains_compares_records_and_draws(tmp_path: Path, records: P
         untrained=True,
         neighbours=5,
         dense_images=16,
+        demo=True,
         out=str(tmp_path),
     )
     paths = evaluate.main(recipe)
@@ -133,10 +138,54 @@ def test_evaluation_trains_compares_records_and_draws(tmp_path: Path, records: P
     ]
 
 
+def test_real_files_become_records_of_the_rows(tmp_path: Path, records: Path) -> None:
+    """Tiny-ImageNet's recipe on a small file of its format: what is recorded is what its rows in tables.yaml look for."""
+    from tests.projects.mixed_ae.test_data import write_parquet
+
+    cells, names = [png(image) for image in objects(32).pixels], [f"class {i}" for i in range(8)]
+    for part, kept in (("train", slice(None)), ("val", slice(8))):
+        write_parquet(tmp_path / "tinyimagenet" / f"{part}.parquet", cells[kept], objects(32).labels.tolist()[kept], names)
+    recipe = read(evaluate.Recipe, RECIPES / "tinyimagenet.yaml")
+    small = replace(recipe.pretrain, model=SMALL, batch_size=8, training=Training(steps=2, log_every=1))
+    recipe = replace(recipe, pretrain=small, neighbours=5, data_root=str(tmp_path), out=str(tmp_path / "runs"))
+    found = [json.loads(path.read_text()) for path in evaluate.main(recipe)]
+    made = {(record["recipe"], record["extra"]["row"], record["metric"]) for record in found}
+    rows = [row for row in results.yaml.safe_load(TABLES.read_text())["rows"] if row.get("recipe") == "recipes/tinyimagenet.yaml"]
+    assert rows
+    assert {(row["recipe"], row["row"], row["metric"]) for row in rows} <= made
+    hashes = [checksum(tmp_path / "tinyimagenet" / f"{part}.parquet") for part in ("val", "train")]
+    assert all([record["data"]["sha256"], record["data"]["training_sha256"]] == hashes for record in found)
+    folder = tmp_path / "projects" / "mixed_ae" / "results"
+    assert {path.parent for path in folder.rglob("*.png")} == {folder}
+    assert not records.exists()
+
+
+def png(image: Tensor) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def test_every_row_measured_by_evaluate_names_what_its_recipe_measures() -> None:
+    measured = {evaluate.LINEAR, evaluate.KNN, evaluate.IOU, evaluate.RECOGNISED, evaluate.CONTRAST}
+    content = results.yaml.safe_load(TABLES.read_text())
+    rows = [row for row in content["rows"] + content["demo"]["rows"] if "row" in row]
+    assert {row["recipe"] for row in rows} == {f"recipes/{name}.yaml" for name in ("demo", "ordering", "cifar10", "tinyimagenet")}
+    for row in rows:
+        recipe = read(evaluate.Recipe, TABLES.parent / row["recipe"])
+        assert recipe.demo == (row in content["demo"]["rows"])
+        if row["row"] == "information":
+            assert recipe.information
+            assert row["metric"] in evaluate.FILLERS.values()
+        else:
+            assert row["row"] in {"all", *recipe.compare, *(["untrained"] if recipe.untrained else [])}
+            assert row["metric"] in measured
+
+
 def test_related_images_meet_in_groups(tmp_path: Path) -> None:
     pretrain.main(tiny(tmp_path, related=0.8, training=Training(steps=1)), None)
     ratio = evaluate.information(0, 4, groups=150)
-    assert ratio["error with fillers / without, related 0.8"] < ratio["error with fillers / without, related 0"]
+    assert ratio[evaluate.FILLERS[0.8]] < ratio[evaluate.FILLERS[0.0]]
 
 
 def test_object_iou() -> None:
@@ -184,7 +233,7 @@ def test_rates_fall_with_depth_as_in_mae(tmp_path: Path) -> None:
 
 def test_a_flat_folder_cannot_be_classified(tmp_path: Path) -> None:
     flat = replace(objects(8), labels=torch.full((8,), -1))
-    with pytest.raises(ValueError, match="expected labels, one folder a class"):
+    with pytest.raises(ValueError, match="expected labels, from train/<class>"):
         finetune.train(finetune.Recipe(pretrain=tiny(tmp_path), out=str(tmp_path)), (flat, flat))
     with pytest.raises(ValueError, match="mixup pairs images, expected an even number"):
         finetune.loader_of(finetune.Recipe(pretrain=tiny(tmp_path, crop=True), batch_size=7), objects(), 8)
@@ -232,6 +281,9 @@ def test_published_recipes_say_what_the_paper_says() -> None:
     tuned = read(finetune.Recipe, RECIPES / "imagenet_1600_finetune.yaml")
     assert (tuned.layer_decay, tuned.drop_path, tuned.augment.mixup, tuned.training.epochs) == (0.65, 0.1, 0.8, 100)
     naive = pretrain.variant(recipe, "naive")
+    for name in ("mae", "naive"):
+        baseline = read(finetune.Recipe, RECIPES / f"imagenet_1600_{name}_finetune.yaml")
+        assert baseline == replace(tuned, name=baseline.name, pretrain=pretrain.variant(tuned.pretrain, name))
     assert naive.name == "imagenet_1600-naive"
     assert (naive.method.segments, naive.method.homologous, naive.method.weight) == (False, False, 0.0)
 
