@@ -12,8 +12,9 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from common import results
 from common.data import VARIABLE
@@ -40,6 +41,12 @@ def _run(command: str, paper: str) -> None:
         raise SystemExit(f"{paper}: the command above ended with status {status}")
 
 
+def _commands(entry: Mapping[str, Any] | None) -> list[str]:
+    """The command of a row or demo of a tables.yaml, or its commands in order: a teacher before what it teaches."""
+    given = (entry or {}).get("command") or []
+    return [given] if isinstance(given, str) else list(given)
+
+
 def list_papers() -> None:
     """Every paper with its status."""
     for entry in results.index():
@@ -50,11 +57,11 @@ def demo(names: Sequence[str]) -> None:
     """Train and evaluate on the embedded defaults, print their tables, write the report."""
     chosen = results.papers() if list(names) == ["all"] else [_known(name) for name in names]
     for paper in chosen:
-        command = (results.tables(paper).get("demo") or {}).get("command")
-        if not command:
+        commands = _commands(results.tables(paper).get("demo"))
+        if not commands:
             raise SystemExit(f"{paper}: its tables.yaml names no demo command")
-        for part in command if isinstance(command, list) else [command]:
-            _run(part, paper)
+        for command in commands:
+            _run(command, paper)
     for paper in chosen:
         print(f"\n{paper}: {results.tables(paper).get('title', '')}\n\n{results.demo_table(paper)}")
     print(f"\nreport: {results.write_report()}")
@@ -62,13 +69,13 @@ def demo(names: Sequence[str]) -> None:
 
 def reproduce(paper: str, row: str | None, data: str | None) -> None:
     """Run the rows of a reported table that we have recipes for, and print reported beside obtained."""
-    rows = [r for r in results.tables(_known(paper)).get("rows", []) if r.get("command")]
+    rows = [r for r in results.tables(_known(paper)).get("rows", []) if _commands(r)]
     if row is not None:
         names = sorted({str(r.get("row", r["what"])) for r in rows})
         rows = [r for r in rows if row.lower() in (str(r.get("row", "")).lower(), Path(str(r.get("recipe"))).stem.lower())]
         if not rows:
             raise SystemExit(f"{paper}: no row {row!r}; expected one of: {', '.join(names)}")
-    commands = list(dict.fromkeys(r["command"] for r in rows))
+    commands = list(dict.fromkeys(command for r in rows for command in _commands(r)))
     data = data or os.environ.get(VARIABLE)
     for command in commands:
         if "{data}" in command and not data:

@@ -14,6 +14,7 @@ import yaml
 
 from common import results
 from common.recipe import read, to_yaml
+from projects import __main__ as command_line
 from tests.conftest import ROOT
 
 TRACKED = [
@@ -60,9 +61,8 @@ def test_tables_name_recipes_and_commands_that_exist(paper: str) -> None:
     for row in rows:
         if row.get("recipe"):
             assert (results.PROJECTS / paper / row["recipe"]).is_file(), row["what"]
-        if row.get("command"):
-            for config in re.findall(r"--config (\S+)", row["command"]):
-                assert (ROOT / config).is_file(), row["what"]
+        for config in re.findall(r"--config ([^\s']+)", str(row.get("command"))):
+            assert (ROOT / config).is_file(), row["what"]
     reported = [row for row in rows if row.get("reported") is not None]
     assert all(isinstance(row["reported"], int | float) for row in reported)
 
@@ -153,6 +153,17 @@ def test_the_top_level_holds_nothing_else() -> None:
         ".pre-commit-config.yaml",
     }
     assert {path.parts[0] for path in TRACKED} <= allowed
+
+
+def test_a_row_of_several_commands_runs_them_in_order_and_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    run: list[str] = []
+    monkeypatch.setattr(command_line, "_run", lambda command, paper: run.append(command))
+    command_line.reproduce("mr_mae", "tinyimagenet", str(tmp_path))
+    assert [re.findall(r"mr_mae\.(\w+) --config \S+/(\S+)\.yaml", command) for command in run] == [
+        [("pretrain_teacher", "tinyimagenet-teacher")],
+        [("evaluate", "tinyimagenet")],
+    ]
+    assert all(str(tmp_path) in command for command in run)
 
 
 @pytest.mark.parametrize(
