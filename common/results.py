@@ -1,6 +1,6 @@
 """Obtained figures as records, reported beside obtained, tables rendered from both, and the HTML report.
 
-A project's `tables.yaml` holds what the paper claims, `results/*.json` what runs gave (append-only, one file a record). Figures of the
+A project's `tables.yaml` holds what the paper claims, `results/*.jsonl` what runs gave (append-only, one line a record). Figures of the
 embedded defaults go to `report/demo/<paper>` and are shown in a table of their own.
 """
 
@@ -92,7 +92,7 @@ def picture_path(paper: str, name: str, *, demo: bool = True) -> Path:
 
 
 def save_record(paper: str, record: Record, *, demo: bool = False) -> Path:
-    """Write a record under a new name, `<recipe>-<commit>[-n].json`; no record is ever overwritten.
+    """Append a record to `<recipe>-<commit>.jsonl`, one line a record; none is ever changed. Returns the file.
 
     Raises:
         ValueError: as many values as seeds were expected, at least one, all finite.
@@ -109,11 +109,10 @@ def save_record(paper: str, record: Record, *, demo: bool = False) -> Path:
         "versions": {name: version(name) for name in ("torch", "accelerate")} | {"python": platform.python_version()},
     }
     folder = demo_folder(paper) if demo else PROJECTS / paper / "results"
-    stem = f"{Path(record.recipe).stem}-{commit.partition('+')[0]}"
-    number = 1
-    while (path := folder / f"{stem}{f'-{number}' if number > 1 else ''}.json").exists():
-        number += 1
-    write_text(path, json.dumps({**asdict(record), **about}, indent=1) + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{Path(record.recipe).stem}-{commit.partition('+')[0]}.jsonl"
+    with path.open("a") as file:  # in one write, so that a killed run leaves whole lines
+        file.write(json.dumps({**asdict(record), **about}) + "\n")
     return path
 
 
@@ -138,11 +137,29 @@ def tables(paper: str) -> dict[str, Any]:
     return content
 
 
+def read_records(folder: Path, recipe: str = "*") -> list[dict[str, Any]]:
+    """All records of a folder, oldest first; `recipe` (its file's name without suffix) picks one recipe's.
+
+    Raises:
+        ValueError: a line that is no JSON object; the message names file and line.
+    """
+    found = []
+    for path in sorted(folder.glob(f"{recipe}-*.jsonl")):
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            try:
+                record = json.loads(line)
+            except ValueError as err:
+                raise ValueError(
+                    f"{path}, line {number}: expected one record as a JSON object, found {line[:40]!r}; remove the line"
+                ) from err
+            if recipe in ("*", Path(record["recipe"]).stem):
+                found.append(record)
+    return sorted(found, key=lambda record: record["date"])
+
+
 def records(paper: str, *, demo: bool = False) -> list[dict[str, Any]]:
     """All records of a paper, oldest first."""
-    folder = demo_folder(paper) if demo else PROJECTS / paper / "results"
-    paths = sorted(folder.glob("*.json"), key=lambda path: (len(path.name), path.name))  # -10 comes after -9
-    return sorted((json.loads(path.read_text()) for path in paths), key=lambda record: record["date"])
+    return read_records(demo_folder(paper) if demo else PROJECTS / paper / "results")
 
 
 def _number(value: float | None, digits: int | None = None) -> str:

@@ -171,7 +171,7 @@ def label(arm: Arm) -> str:
 
 
 def main(recipe: Recipe) -> list[Path]:
-    """Every seed and arm of the recipe; gives the records' paths (none on processes other than the first)."""
+    """Every seed and arm of the recipe; gives the records' file (none on processes other than the first)."""
     splits = load(recipe.data, data_root=recipe.data_root, image_size=recipe.image_size, cache=recipe.cache)
     splits.test.known()
     scores: dict[Arm, dict[int, dict[str, Any]]] = {arm: {} for arm in recipe.arms}
@@ -183,7 +183,7 @@ def main(recipe: Recipe) -> list[Path]:
             print(f"{recipe.name}: seed {seed}, {label(arm)}: {shown} ({scores[arm][seed]['seconds']:.0f} s)", flush=True)
     if not is_main():
         return []
-    paths = [path for arm in recipe.arms for path in save(recipe, arm, scores[arm], splits)]
+    paths = list(dict.fromkeys(path for arm in recipe.arms for path in save(recipe, arm, scores[arm], splits)))
     if guided(recipe):
         pictures(recipe, splits)
     return paths

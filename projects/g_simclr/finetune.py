@@ -199,7 +199,7 @@ def score(recipe: Recipe, splits: Splits, protocol: str) -> dict[str, Any]:
 
 
 def main(recipe: Recipe) -> list[Path]:
-    """Every seed and arm; gives the records' paths (none on processes other than the first)."""
+    """Every seed and arm; gives the records' file (none on processes other than the first)."""
     base = started(recipe)
     data, size, protocol = (base.data, base.image_size, base.protocol) if base else (recipe.data, recipe.image_size, recipe.protocol)
     splits = load(data, data_root=recipe.data_root, image_size=size, cache=recipe.cache)
@@ -226,7 +226,7 @@ def main(recipe: Recipe) -> list[Path]:
             },
         )
         paths.append(save_record("g_simclr", record))
-    return paths
+    return list(dict.fromkeys(paths))
 
 
 if __name__ == "__main__":

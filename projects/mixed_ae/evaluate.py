@@ -163,7 +163,7 @@ def main(recipe: Recipe) -> list[Path]:
             note("information", seed, information(seed, group_size(base.method.ratio)) | {"seconds": time.monotonic() - began})
     if not pretrain.is_main():
         return []
-    paths = [path for row, by_seed in found.items() for path in _record(recipe, row, by_seed, data)]
+    paths = list(dict.fromkeys(path for row, by_seed in found.items() for path in _record(recipe, row, by_seed, data)))
     if base.method.mixing != "none":
         _draw(replace(base, seed=recipe.seeds[0]), recipe.demo)
     return paths

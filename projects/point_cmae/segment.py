@@ -227,7 +227,7 @@ def _trained(recipe: Recipe, model: PartSegmenter, train: Parts, test: Parts) ->
 
 
 def main(recipe: Recipe) -> list[Path]:
-    """Every seed of the recipe; gives the records' paths (none on processes other than the first)."""
+    """Every seed of the recipe; gives the records' file (none on processes other than the first)."""
     scores = {seed: run(replace(recipe, seed=seed)) for seed in recipe.seeds}
     if not is_main():
         return []
@@ -250,7 +250,7 @@ def main(recipe: Recipe) -> list[Path]:
         )
         paths.append(save_record("point_cmae", record, demo=recipe.data == "solids"))
         print(f"{recipe.name}: {summarise(record.values)} {record.metric}, recorded in {paths[-1]}")
-    return paths
+    return list(dict.fromkeys(paths))
 
 
 if __name__ == "__main__":

@@ -57,29 +57,44 @@ def test_the_table_shows_reported_obtained_and_difference(house: Path) -> None:
     assert len(results.table("toy", only_run=True).splitlines()) == 3
 
 
-def test_records_are_never_overwritten_and_the_newest_is_shown(house: Path) -> None:
-    first = results.save_record("toy", record())
-    second = results.save_record("toy", record(values=[80.0], seeds=[0]))
-    assert first != second
-    assert first.exists()
-    stored = json.loads(second.read_text())
-    assert {"commit", "date", "device", "versions"} <= stored.keys()
-    older, newer = json.loads(first.read_text()), stored
-    older["date"], newer["date"] = "2026-01-01", "2026-01-02"
-    first.write_text(json.dumps(older))
-    second.write_text(json.dumps(newer))
+def set_dates(path: Path, *dates: str) -> None:
+    """Date and commit of the file's records, in order."""
+    lines = [json.loads(line) | {"date": date, "commit": f"c{n}"} for n, (line, date) in enumerate(zip(path.open(), dates, strict=True))]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_records_are_appended_and_the_newest_is_shown(house: Path) -> None:
+    path = results.save_record("toy", record())
+    first = path.read_text()
+    assert results.save_record("toy", record(values=[80.0], seeds=[0])) == path
+    assert path.read_text().startswith(first)
+    older, newer = results.records("toy")
+    assert (older["values"], newer["values"]) == ([84.0, 83.0, 85.0], [80.0])
+    assert {"commit", "date", "device", "versions"} <= newer.keys()
+    set_dates(path, "2026-01-01", "2026-01-02")
     assert "| 80.0 | -4.2 |" in results.table("toy")
+    set_dates(path, "2026-01-02", "2026-01-01")
+    assert "| 84.0 ± 0.8 (n=3) |" in results.table("toy")
 
 
 def test_records_of_other_seeds_are_joined_until_a_seed_was_run_again(house: Path) -> None:
-    parts = [([0, 1], [70.0, 71.0]), ([0, 1], [80.0, 82.0]), ([2], [84.0])]
-    for day, (seeds, values) in enumerate(parts):
+    for seeds, values in (([0, 1], [70.0, 71.0]), ([0, 1], [80.0, 82.0]), ([2], [84.0])):
         path = results.save_record("toy", record(seeds=seeds, values=values))
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"date": f"2026-01-0{day + 1}", "commit": "abc"[day]}))
+    set_dates(path, "2026-01-01", "2026-01-02", "2026-01-03")
     assert "| 82.0 ± 1.6 (n=3) | -2.2 | trained here; " in results.table("toy")
-    assert "; b, c |" in results.table("toy")
+    assert "; c1, c2 |" in results.table("toy")
     results.save_record("toy", record(seeds=[3], values=[90.0], weights="official, converted"))
     assert "| 90.0 | +5.8 | official, converted; " in results.table("toy")
+
+
+def test_one_recipe_is_picked_by_its_whole_name_and_a_broken_line_is_named(house: Path) -> None:
+    results.save_record("toy", record(recipe="recipes/imdb.yaml"))
+    path = results.save_record("toy", record(recipe="recipes/imdb-b.yaml"))
+    assert [found["recipe"] for found in results.read_records(path.parent, "imdb")] == ["recipes/imdb.yaml"]
+    with path.open("a") as file:
+        file.write('{"recipe": "rec')
+    with pytest.raises(ValueError, match=r"imdb-b-\w+\.jsonl, line 2: expected one record"):
+        results.records("toy")
 
 
 @pytest.mark.parametrize("changes", [{"values": []}, {"seeds": [0]}, {"values": [1.0, 2.0, float("nan")]}])

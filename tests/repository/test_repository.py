@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import re
 import subprocess
 import sys
@@ -69,11 +68,10 @@ def test_tables_name_recipes_and_commands_that_exist(paper: str) -> None:
 
 @pytest.mark.parametrize("paper", results.papers())
 def test_records_are_complete(paper: str) -> None:
-    for path in (results.PROJECTS / paper / "results").glob("*.json"):
-        record = json.loads(path.read_text())
-        assert len(record["values"]) == len(record["seeds"]) > 0, path.name
-        assert (results.PROJECTS / paper / record["recipe"]).is_file(), path.name
-        assert {"commit", "date", "device", "versions", "data", "weights", "hours", "metric"} <= record.keys(), path.name
+    for record in results.records(paper):
+        assert len(record["values"]) == len(record["seeds"]) > 0, record["recipe"]
+        assert (results.PROJECTS / paper / record["recipe"]).is_file(), record["recipe"]
+        assert {"commit", "date", "device", "versions", "data", "weights", "hours", "metric"} <= record.keys(), record["recipe"]
 
 
 def anchors(text: str) -> set[str]:

@@ -14,6 +14,7 @@ from common.checkpoint import load_model
 from common.engine import Training
 from common.masking import from_keep
 from common.recipe import read
+from common.results import read_records
 from projects._skeleton import MaskedAutoencoder, evaluate
 from projects._skeleton.data import digits
 from tests.conftest import ROOT
@@ -64,7 +65,7 @@ def test_the_demo_line_of_the_readme_learns_and_records(tmp_path: Path, monkeypa
     short = replace(recipe.pretrain, out=str(tmp_path), training=Training(epochs=10, checkpoint_every=0, log_every=5))
     found = evaluate.main(replace(recipe, pretrain=short, seeds=[0]))
     assert set(found) == {"k-NN accuracy (%)", "k-NN accuracy, untrained (%)"}
-    assert len(list((tmp_path / "report").glob("*.json"))) == 2
+    assert len(read_records(tmp_path / "report")) == 2
     model = load_model(MaskedAutoencoder, short.folder)
     before = MaskedAutoencoder()
     images = digits().test[0]

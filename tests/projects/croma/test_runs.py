@@ -15,6 +15,7 @@ from common import results
 from common.checkpoint import load_model
 from common.engine import Training
 from common.recipe import read
+from common.results import read_records
 from projects.croma import bands, data, evaluate, finetune, infer, pretrain, probing
 from projects.croma.finetune import Segmenter
 from projects.croma.model import CROMA, Encoders
@@ -146,7 +147,7 @@ def test_the_embedded_default_trains_probes_compares_draws_and_records(tmp_path:
     found = evaluate.main(recipe)
     assert set(found) == {"full", "raw-means", "untrained", "sincos-interpolated"}
     assert found["raw-means"].keys() == found["full"].keys() - {"retrieval (%)"}
-    saved = [json.loads(path.read_text()) for path in records.glob("*.json")]
+    saved = read_records(records)
     assert len(saved) == 3 * 8 + 7
     assert all(len(one["values"]) == 2 for one in saved)
     for name in ("reconstruction", "class_map", "similarity"):
@@ -206,7 +207,7 @@ def test_fine_tuning_learns_and_records(tmp_path: Path, records: Path, monkeypat
     found = finetune.main(recipe)
     metric = {"single": "top-1 (%)", "multi": "mAP micro (%)", "segmentation": "mIoU (%)"}[kind]
     assert found[metric][0] > (80 if frozen else 95)
-    record = json.loads(next(records.glob("fine-*.json")).read_text())
+    record = read_records(records, "fine")[0]
     assert record["extra"]["lr"][0] in (1e-4, 3e-2)
     after = finetune.load_downstream(finetune.folder_of(recipe, 3e-2, 0))
     assert isinstance(after, Segmenter) == (kind == "segmentation")

@@ -225,7 +225,7 @@ def test_a_row_trains_probes_compares_and_records(tmp_path: Path, records: Path,
     recipe = tiny(tmp_path / "runs", seeds=[0, 1], probe=pretrain.Probe(measures=measures, epochs=2), clusters=12)
     recipe = replace(recipe, training=Training(epochs=1, checkpoint_every=0), arms=["random", "balanced"])
     paths = evaluate.main(recipe)
-    found = [json.loads(path.read_text()) for path in paths]
+    found = results.read_records(paths[0].parent)
     rows = {(r["extra"]["row"], r["metric"]) for r in found}
     assert len(found) == len(rows) == 2 * 6
     assert ("SimCLR P1", "top-1 (%)") in rows

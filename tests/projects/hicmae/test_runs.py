@@ -15,6 +15,7 @@ from common import results
 from common.checkpoint import load_model
 from common.engine import Training
 from common.recipe import read
+from common.results import read_records
 from projects.hicmae import EmotionModel, HiCMAE, evaluate, finetune, pretrain
 from projects.hicmae.finetune import RECIPES
 from projects.hicmae.talkers import SyntheticTalkers
@@ -126,7 +127,7 @@ def test_row_trains_compares_draws_and_records(tmp_path: Path, records: Path, mo
     monkeypatch.setattr(evaluate, "HELD_OUT", 8)
     recipe = after(tmp_path / "runs", monkeypatch, seeds=[0, 1], compare=["audio", "video", "scratch", "no-contrast", "last-feature"])
     found = evaluate.main(recipe)
-    written = [json.loads(file.read_text()) for file in records.glob("*.json")]
+    written = read_records(records)
     rows = {(r["extra"]["row"], r["metric"]) for r in written}
     assert {(row, "WAR (%)") for row in ("full", *recipe.compare)} <= rows
     assert {("full", "retrieval R@1, level 2 (%)"), ("no-contrast", "masked reconstruction loss"), ("full", "linear probe (%)")} <= rows
@@ -136,7 +137,7 @@ def test_row_trains_compares_draws_and_records(tmp_path: Path, records: Path, mo
     }
     assert evaluate.record_row(recipe, recipe, "full") == found  # nothing is trained again
     evaluate.record_row(recipe, replace(recipe, name="ordering"), "full")  # only the demo's figures stay out of the project's results
-    assert len(list((tmp_path / "projects/hicmae/results").glob("ordering-*.json"))) == 3
+    assert len(read_records(tmp_path / "projects/hicmae/results", "ordering")) == 3
     kept = load_model(EmotionModel, replace(recipe, seed=1).folder)
     assert kept.head.out_features == 4
 
@@ -176,7 +177,7 @@ def test_folds_of_a_real_layout_are_pooled(crema: Path, tmp_path: Path, records:
     )
     with pytest.warns(UserWarning, match="absent from the test set"):
         evaluate.main(recipe)
-    written = {r["metric"]: r for r in (json.loads(p.read_text()) for p in (tmp_path / "projects/hicmae/results").glob("*.json"))}
+    written = {r["metric"]: r for r in read_records(tmp_path / "projects/hicmae/results")}
     assert set(written) == {"WAR (%)", "UAR (%)", "WA-F1 (%)"}
     tested = [finetune.main(replace(recipe, fold=fold)) for fold in (1, 2)]
     right = sum(int((t.scores.argmax(1) == t.labels).sum()) for t in tested)
@@ -191,7 +192,7 @@ def test_folds_of_a_real_layout_are_pooled(crema: Path, tmp_path: Path, records:
     given = replace(recipe, name="given", select="given", weights=str(tmp_path / "fold{fold}.pth"))
     with pytest.warns(UserWarning, match=r"another size \(image_size 160 there, 16 here"):
         evaluate.main(given)
-    again = [json.loads(p.read_text()) for p in (tmp_path / "projects/hicmae/results").glob("given-*.json")]
+    again = read_records(tmp_path / "projects/hicmae/results", "given")
     figures = {r["extra"]["row"]: r["values"][0] for r in again if r["metric"] == "WAR (%)"}
     assert figures == pytest.approx({"given": 100 * right / 8} | {f"given fold {f}": tested[f - 1].figures["WAR (%)"] for f in (1, 2)})
     assert {r["weights"] for r in again} == {"official, converted"}
@@ -235,7 +236,7 @@ def test_speech_row_of_the_audio_branch(shared_data: Path, tmp_path: Path, recor
     monkeypatch.setattr(finetune, "read", lambda _kind, _path, **given: replace(first, seed=given["seed"]))
     found = evaluate.main(replace(recipe, training=Training(steps=2, log_every=1), seeds=[0]))
     assert 24 * found["WAR (%)"][0] / 100 == pytest.approx(round(24 * found["WAR (%)"][0] / 100))
-    written = [json.loads(p.read_text()) for p in (tmp_path / "projects/hicmae/results").glob("speech-*.json")]
+    written = read_records(tmp_path / "projects/hicmae/results", "speech")
     assert {r["metric"] for r in written} == {"WAR (%)", "UAR (%)", "WA-F1 (%)"}
     assert all(r["data"]["split"] == "actors 10 to 12 (24 clips)" for r in written)
     assert (tmp_path / "projects/hicmae/results/pretrain-speech_reconstruction.png").is_file()

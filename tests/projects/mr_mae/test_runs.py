@@ -18,6 +18,7 @@ from common.checkpoint import load_model, save_model
 from common.engine import NonFiniteLoss, Training, mean_over_processes
 from common.masking import random_mask
 from common.recipe import read
+from common.results import read_records
 from projects.mr_mae import evaluate, finetune, pictures, pretrain, pretrain_teacher
 from projects.mr_mae.classifier import fine_tuning_groups
 from projects.mr_mae.model import MRMAE
@@ -144,7 +145,7 @@ def test_a_row_trains_probes_compares_records_and_draws(tmp_path: Path, records:
         row, pretrain=tiny(tmp_path, training=Training(steps=2)), test_limit=80, compare=["pixels", "mimic", "entangled", "random"]
     )
     found = evaluate.main(row)
-    kept = [json.loads(path.read_text()) for path in records.glob("*.json")]
+    kept = read_records(records)
     rows = {(r["extra"]["row"], r["metric"]) for r in kept}
     assert {name for name, _ in rows} == {"both", "pixels", "mimic", "entangled", "random"}
     assert ("mimic", "pixel error") not in rows
@@ -156,7 +157,7 @@ def test_a_row_trains_probes_compares_records_and_draws(tmp_path: Path, records:
     assert evaluate.main(row) == found  # nothing is trained again
     assert evaluate.main(replace(row, features="fused", compare=[]))["both"] != found["both"]
     evaluate.main(replace(row, name="ordering", seeds=[0], compare=[]))  # rows that a README shows
-    kept = [json.loads(path.read_text()) for path in (tmp_path / "projects/mr_mae/results").glob("*.json")]
+    kept = read_records(tmp_path / "projects/mr_mae/results")
     assert {(r["recipe"], r["extra"]["row"]) for r in kept} == {("recipes/ordering.yaml", "both")}
     assert {r["metric"] for r in kept} == {"linear probe (%)", "k-NN (%)", "pixel error"}
 
@@ -213,7 +214,7 @@ def test_fine_tuning_and_probing_start_from_a_run_and_learn(tmp_path: Path, reco
     assert (record["metric"], record["extra"]["row"]) == ("top-1 (%)", protocol)
     lines = [json.loads(line) for line in (recipe.folder / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 6
-    assert json.loads(finetune.main(recipe).read_text())["values"] == record["values"]
+    assert read_records(finetune.main(recipe).parent)[-1]["values"] == record["values"]
 
 
 def test_a_linear_probe_leaves_the_backbone_alone(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from common.checkpoint import load_model
 from common.engine import Training
 from common.masking import from_hidden
 from common.recipe import read
+from common.results import read_records
 from projects.point_cmae import evaluate, finetune, pretrain, segment
 from projects.point_cmae.classifier import PointClassifier
 from projects.point_cmae.data import Clouds
@@ -145,7 +146,7 @@ def test_a_row_trains_probes_compares_draws_and_records(tmp_path: Path, records:
     )
     recipe = replace(recipe, compare=["one-branch", "untrained", "moments"])
     found = evaluate.main(recipe)
-    told = [json.loads(file.read_text()) for file in records.glob("*.json")]
+    told = read_records(records)
     rows = {(record["extra"]["row"], record["metric"]) for record in told}
     assert {what for what, _ in rows} == {"full", *recipe.compare}
     assert ("one-branch", "SVM accuracy (%)") in rows
@@ -168,9 +169,8 @@ def tuned(out: Path, **changes: Any) -> finetune.Recipe:
 
 def test_fine_tuning_keeps_the_best_epoch_and_votes_with_it(tmp_path: Path, records: Path) -> None:
     recipe = tuned(tmp_path / "runs", training=Training(epochs=3, log_every=1))
-    path = finetune.main(recipe)
-    assert path is not None
-    record = json.loads(path.read_text())
+    assert finetune.main(recipe) is not None
+    record = read_records(records)[0]
     told = [line["test_accuracy"] for line in lines(recipe.folder) if "test_accuracy" in line]
     assert (len(told), record["values"][0], record["extra"]["last_epoch"][0]) == (3, max(told), told[-1])
     best = json.loads((recipe.folder / "best" / "score.json").read_text())
@@ -179,11 +179,10 @@ def test_fine_tuning_keeps_the_best_epoch_and_votes_with_it(tmp_path: Path, reco
     assert finetune.accuracy(model, finetune.splits(recipe)[1], 64) == pytest.approx(max(told))
     votes = json.loads((recipe.folder / "score.json").read_text())["votes"]
     assert len(votes) == 2
-    assert {json.loads(file.read_text())["metric"] for file in records.glob("*.json")} == {"accuracy (%)", "accuracy, voting (%)"}
+    assert {record["metric"] for record in read_records(records)} == {"accuracy (%)", "accuracy, voting (%)"}
     early = replace(recipe, start_epoch=250, votes=0, training=Training(epochs=1, log_every=1))
-    path = finetune.main(early)  # a row and a run folder of its own
-    assert path is not None
-    assert json.loads(path.read_text())["metric"] == "accuracy (%), from epoch 250"
+    assert finetune.main(early) is not None  # a row and a run folder of its own
+    assert read_records(records)[-1]["metric"] == "accuracy (%), from epoch 250"
     assert (early.folder / "score.json").is_file()
     assert early.folder != recipe.folder
 
@@ -232,9 +231,8 @@ def test_a_whole_official_classifier_is_evaluated_untrained(tmp_path: Path, reco
     names = official_names(model, "classifier")
     torch.save({"base_model": {names[k]: v for k, v in model.state_dict().items()}}, tmp_path / "scan.pth")
     recipe = tuned(tmp_path / "runs", whole=True, start=str(tmp_path / "scan.pth"), votes=1)
-    path = finetune.main(recipe)
-    assert path is not None
-    record = json.loads(path.read_text())
+    assert finetune.main(recipe) is not None
+    record = read_records(records)[0]
     assert record["weights"] == "official, converted"
     assert record["values"][0] == pytest.approx(finetune.accuracy(model, finetune.splits(recipe)[1], 64))
     torch.save({"base_model": {"MAE_encoder.norm.weight": torch.zeros(16)}}, tmp_path / "scan.pth")
@@ -263,10 +261,10 @@ def test_few_shot_runs_a_fold_with_the_larger_head(tmp_path: Path, records: Path
 def test_part_segmentation_trains_and_records_both_means(tmp_path: Path, records: Path, legacy: bool) -> None:
     base = read(segment.Recipe, RECIPES / "demo-parts.yaml", out=str(tmp_path / "runs"), start="none")
     recipe = replace(base, **ONE, model=replace(base.model, **SIZE), legacy_double_step=legacy)
-    for path, metric in zip(segment.main(recipe), ("instance mIoU (%)", "class mIoU (%)"), strict=True):
-        record = json.loads(path.read_text())
-        assert record["metric"] == metric
-        assert 0 < record["values"][0] < 100
+    segment.main(recipe)
+    written = read_records(records)
+    assert [record["metric"] for record in written] == ["instance mIoU (%)", "class mIoU (%)"]
+    assert all(0 < record["values"][0] < 100 for record in written)
     told = lines(recipe.folder)
     assert told[-1]["loss"] < told[0]["loss"]
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from common import results
 from common.engine import Training
 from common.recipe import read
+from common.results import read_records
 from projects.regularized_ae import evaluate, lbfgs, pretrain
 from projects.regularized_ae.data import Source, load
 from projects.regularized_ae.pretrain import Network, Recipe, Sampling
@@ -194,7 +195,7 @@ def test_tiny_demo_runs_records_and_draws(records: Path, monkeypatch: pytest.Mon
     assert found["exact_optimum"]["order, DAE optimum, last pair"][0] == pytest.approx(1.65, abs=0.1)
     assert len(found["demo_spiral_single"]["share of starts that end off the data"]) == 2
     assert found["demo_sampling"]["energy distance to p_sigma, random walk"][0] > 0
-    saved = [json.loads(path.read_text()) for path in (records / "demo/regularized_ae").glob("*.json")]
+    saved = read_records(records / "demo/regularized_ae")
     assert len(saved) == sum(map(len, found.values()))
     assert {(record["recipe"], len(record["data"]["sha256"])) for record in saved} == {("recipes/demo.yaml", 64)}
     pictures = {path.name for path in (records / "demo/regularized_ae").glob("*.png")}
@@ -208,7 +209,7 @@ def test_trained_score_experiment(records: Path, tmp_path: Path) -> None:
     assert (
         figures["score error against p_sigma, sigma 0.5"][0] < figures["score error, sigma 0.5"][0]
     )  # the bias is not called error of training
-    saved = [json.loads(path.read_text()) for path in (records / "projects/regularized_ae/results").glob("*.json")]
+    saved = read_records(records / "projects/regularized_ae/results")
     further = next(record["extra"]["further"] for record in saved if "further" in record["extra"])
     assert further["score error of the exact optimum, sigma 0.5"][0] == pytest.approx(0.76, abs=0.05)
     assert {"tiny_adam_error.png", "tiny_adam_energy.png"} == {

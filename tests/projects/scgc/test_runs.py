@@ -17,6 +17,7 @@ from common import results
 from common.checkpoint import load_model
 from common.engine import NonFiniteLoss, Training
 from common.probes import kmeans
+from common.results import read_records
 from projects.scgc import cluster, evaluate, pretrain, robustness
 from projects.scgc.cluster import Pretraining, Recipe
 from projects.scgc.data import Blocks, Links
@@ -190,7 +191,7 @@ def test_a_row_in_one_command(tmp_path: Path, records: Path, capsys: pytest.Capt
         assert score["best"]["ACC"] == pytest.approx(max(score["curve"]["ACC"]), abs=0.01)
     for seed in (0, 1):  # epoch 0 is K-means on the auto-encoder
         assert found["tiny"][seed]["start"]["ACC"] == pytest.approx(found["kmeans-ae"][seed]["only"]["ACC"])
-    kept = [json.loads(path.read_text()) for path in records.glob("*.json")]
+    kept = read_records(records)
     assert len(kept) == 3 * 4 * 3 + 3 * 4  # three rows of training by three rules, three of K-means
     best = next(r for r in kept if r["metric"] == "ACC (%), best epoch" and r["extra"]["row"] == "tiny")
     assert best["values"] == [found["tiny"][seed]["best"]["ACC"] for seed in (0, 1)]
@@ -210,8 +211,8 @@ def test_a_row_in_one_command(tmp_path: Path, records: Path, capsys: pytest.Capt
 
 def test_figures_of_the_demo_stay_out_of_results(tmp_path: Path, records: Path) -> None:
     evaluate.main(replace(TINY, name="demo_tiny", seeds=[0], out=str(tmp_path / "runs")))
-    assert not list(records.glob("*.json"))
-    assert len(list((tmp_path / "demo/scgc").glob("demo_tiny-*.json"))) == 3 * 4
+    assert not read_records(records)
+    assert len(read_records(tmp_path / "demo/scgc", "demo_tiny")) == 3 * 4
     assert (tmp_path / "demo/scgc/demo_tiny_embedding.png").is_file()
 
 
@@ -227,7 +228,7 @@ def test_robustness_turns_one_knob(tmp_path: Path, records: Path) -> None:
     assert {method: list(by_value) for method, by_value in found.items()} == {
         method: [0.0, 1.0] for method in ("scgc_star", "scgc", "smoothed")
     }
-    kept = [json.loads(path.read_text()) for path in records.glob("*.json")]
+    kept = read_records(records)
     by_row = {record["extra"]["row"]: record for record in kept}
     assert by_row["scgc_star 1"]["extra"]["homophily"][0] == pytest.approx(by_row["scgc_star 0"]["extra"]["homophily"][0] / 2, abs=0.01)
     assert (records / "wrong.png").is_file()
