@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import pickle
 import warnings
 from pathlib import Path
@@ -275,7 +274,7 @@ def test_a_checkpoint_of_the_reference_is_probed_and_recorded(tmp_path: Path, mo
     monkeypatch.setattr(evaluate, "load", lambda *_, **__: data.Splits(images, images))
     monkeypatch.setattr(pretrain, "main", lambda *_: pytest.fail("trained"))
     recipe = pretrain.Recipe(blocks=1, weights=str(path), arms=["reference"], seeds=[0], probe=pretrain.Probe(epochs=2))
-    found = [json.loads(record.read_text()) for record in evaluate.main(recipe)]
+    found = results.read_records(evaluate.main(recipe)[0].parent)
     assert {record["extra"]["row"] for record in found} == {f"G-SimCLR, reference P{i}" for i in (1, 2, 3)}
     assert {record["weights"] for record in found} == {"official, converted"}
     ours = evaluate.features(theirs, images)
