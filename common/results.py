@@ -85,7 +85,10 @@ def demo_folder(paper: str) -> Path:
 
 
 def picture_path(paper: str, name: str, *, demo: bool = True) -> Path:
-    """Path of a picture of the demo (`report/demo/<paper>`) or of a recorded run (`projects/<paper>/results`); its folder exists."""
+    """Path of a picture of the demo (`report/demo/<paper>`, untracked) or of a recorded run (`projects/<paper>/results`); its folder exists.
+
+    Pictures that show samples of a real data set go with the demo's: few data sets allow that their samples are published.
+    """
     folder = demo_folder(paper) if demo else PROJECTS / paper / "results"
     folder.mkdir(parents=True, exist_ok=True)
     return folder / f"{name}.png"

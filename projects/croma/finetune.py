@@ -333,7 +333,11 @@ def main(recipe: Recipe) -> dict[str, list[float]]:
             demo=recipe.demo,
         )
         if task.kind == "segmentation" and recipe.sensors == "joint":
-            pictures.segmentation(models[0], task, picture_path("croma", f"segmentation_{recipe.name}", demo=recipe.demo))
+            pictures.segmentation(
+                models[0],
+                task,
+                picture_path("croma", f"segmentation_{recipe.name}", demo=recipe.demo or not recipe.task.startswith("scene")),
+            )
         print(f"{recipe.name}: {metric} {summarise(values)}", flush=True)
     return out
 

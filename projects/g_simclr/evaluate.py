@@ -246,7 +246,7 @@ def pictures(recipe: Recipe, splits: Splits) -> None:
     axis.imshow(torch.cat(rows).squeeze(2), cmap="gray_r")
     axis.set(xticks=[], yticks=[])
     figure.suptitle(f"{splits.train.name}: images of the eight largest of {recipe.clusters} clusters, one a row")
-    figure.savefig(picture_path("g_simclr", f"{recipe.name}_clusters", demo=recipe.name == "demo"), dpi=110)
+    figure.savefig(picture_path("g_simclr", f"{recipe.name}_clusters", demo=recipe.name == "demo" or recipe.data != "digits"), dpi=110)
     plt.close(figure)
 
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")

@@ -180,7 +180,7 @@ def draw_speech(recipe: Recipe) -> None:
     model = pretrain.main(before).cpu().eval()
     clips = finetune.load(recipe, before.model).test
     audio = torch.stack([clips[i * recipe.segments][1] for i in range(4)])
-    pictures.reconstructions(picture_path(PAPER, f"{before.name}_reconstruction", demo=False), model, None, audio)
+    pictures.reconstructions(picture_path(PAPER, f"{before.name}_reconstruction"), model, None, audio)
 
 
 if __name__ == "__main__":

@@ -204,9 +204,11 @@ def _draw(run: pretrain.Recipe, demo: bool) -> None:
     test = pretrain.splits(run)[1]
     samples = Samples(test, run.model.image_size, "none" if isinstance(test.pixels, Tensor) else "centre")
     images = torch.stack([samples[i][0] for i in range(run.group)])
-    pictures.reconstructions(picture_path("mixed_ae", f"{run.name}_reconstructions", demo=demo), model, images, run.seed)
+    pictures.reconstructions(
+        picture_path("mixed_ae", f"{run.name}_reconstructions", demo=demo or run.data != "textured"), model, images, run.seed
+    )
     if model.homologous:
-        pictures.kept_keys(picture_path("mixed_ae", f"{run.name}_kept_keys", demo=demo), model, images, run.seed)
+        pictures.kept_keys(picture_path("mixed_ae", f"{run.name}_kept_keys", demo=demo or run.data != "textured"), model, images, run.seed)
     history = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     pictures.course(picture_path("mixed_ae", f"{run.name}_course", demo=demo), history, run.method.ratio)
 

@@ -26,7 +26,7 @@ from common.recipe import parse, to_yaml
 from common.results import Record, save_record
 from projects.point_cmae import pictures, pretrain
 from projects.point_cmae.augment import normalise
-from projects.point_cmae.data import Name, Sizes, draw, load, stacked
+from projects.point_cmae.data import GENERATED, Name, Sizes, draw, load, stacked
 from projects.point_cmae.model import PointCMAE, group, sample_points
 from projects.point_cmae.optim import is_main
 
@@ -273,7 +273,7 @@ def _picture(recipe: Recipe) -> None:
     chosen = [int((clouds.labels == label).nonzero()[0]) for label in range(len(clouds.classes))[-5:]]  # the first cloud of a class
     points = torch.stack([normalise(draw(clouds.read(i), before.points, torch.Generator().manual_seed(i))) for i in chosen])
     names = [clouds.classes[int(clouds.labels[i])] for i in chosen]
-    pictures.reconstruction(recipe.picture, model, points, names, demo=recipe.demo)
+    pictures.reconstruction(recipe.picture, model, points, names, demo=recipe.demo or before.data not in GENERATED)
 
 
 if __name__ == "__main__":

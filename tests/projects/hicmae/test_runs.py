@@ -239,7 +239,7 @@ def test_speech_row_of_the_audio_branch(shared_data: Path, tmp_path: Path, recor
     written = read_records(tmp_path / "projects/hicmae/results", "speech")
     assert {r["metric"] for r in written} == {"WAR (%)", "UAR (%)", "WA-F1 (%)"}
     assert all(r["data"]["split"] == "actors 10 to 12 (24 clips)" for r in written)
-    assert (tmp_path / "projects/hicmae/results/pretrain-speech_reconstruction.png").is_file()
+    assert (tmp_path / "report/demo/hicmae/pretrain-speech_reconstruction.png").is_file()
 
 
 @pytest.mark.parametrize(
