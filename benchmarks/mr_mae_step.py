@@ -178,9 +178,12 @@ def plain() -> Built:
     return _built(model, model)
 
 
+KERNELS = ("224 pixels, batch 8, 64/96/192",)
+
+
 def configurations() -> dict[str, Forms]:
     """The notes' step: visible blocks alone, and whole maps."""
-    return {"224 pixels, batch 8, 64/96/192": {"visible blocks": visible, "whole maps, plain attention": plain}}
+    return {KERNELS[0]: {"visible blocks": visible, "whole maps, plain attention": plain}}
 
 
 def loaders() -> dict[str, Feed]:
