@@ -170,8 +170,8 @@ def label(arm: Arm) -> str:
     return {"random": "SimCLR", "oracle": "true labels"}.get(arm, f"G-SimCLR, {arm}")
 
 
-def main(recipe: Recipe) -> list[Path]:
-    """Every seed and arm of the recipe; gives the records' file (none on processes other than the first)."""
+def main(recipe: Recipe) -> Path | None:
+    """Every seed and arm of the recipe; gives the records' file (None on processes other than the first)."""
     splits = load(recipe.data, data_root=recipe.data_root, image_size=recipe.image_size, cache=recipe.cache)
     splits.test.known()
     scores: dict[Arm, dict[int, dict[str, Any]]] = {arm: {} for arm in recipe.arms}
@@ -182,11 +182,12 @@ def main(recipe: Recipe) -> list[Path]:
             shown = ", ".join(f"{name} {value:.2f}" for name, value in scores[arm][seed]["values"].items())
             print(f"{recipe.name}: seed {seed}, {label(arm)}: {shown} ({scores[arm][seed]['seconds']:.0f} s)", flush=True)
     if not is_main():
-        return []
-    paths = list(dict.fromkeys(path for arm in recipe.arms for path in save(recipe, arm, scores[arm], splits)))
+        return None
+    for arm in recipe.arms:
+        path = save(recipe, arm, scores[arm], splits)
     if guided(recipe):
         pictures(recipe, splits)
-    return paths
+    return path
 
 
 def guided(recipe: Recipe) -> list[Arm]:
@@ -204,9 +205,9 @@ def same_cluster_pairs(recipe: Recipe, arm: Arm, splits: Splits) -> list[float]:
     return out
 
 
-def save(recipe: Recipe, arm: Arm, scores: dict[int, dict[str, Any]], splits: Splits) -> list[Path]:
-    """One record a measure of one composition of batches."""
-    paths, pairs = [], same_cluster_pairs(recipe, arm, splits)
+def save(recipe: Recipe, arm: Arm, scores: dict[int, dict[str, Any]], splits: Splits) -> Path:
+    """One record a measure of one composition of batches; gives their file."""
+    pairs = same_cluster_pairs(recipe, arm, splits)
     for measure in next(iter(scores.values()))["values"]:
         kind, _, place = measure.partition(" ")
         values = [s["values"][measure] for s in scores.values()]
@@ -226,9 +227,9 @@ def save(recipe: Recipe, arm: Arm, scores: dict[int, dict[str, Any]], splits: Sp
                 "images_used": [s.get("images_used") for s in scores.values()],
             },
         )
-        paths.append(save_record("g_simclr", record, demo=recipe.name == "demo"))
+        path = save_record("g_simclr", record, demo=recipe.name == "demo")
         print(f"{recipe.name}, {record.extra['row']}: {summarise(values)} {record.metric}", flush=True)
-    return paths
+    return path
 
 
 def pictures(recipe: Recipe, splits: Splits) -> None:

@@ -198,12 +198,12 @@ def score(recipe: Recipe, splits: Splits, protocol: str) -> dict[str, Any]:
     return found
 
 
-def main(recipe: Recipe) -> list[Path]:
-    """Every seed and arm; gives the records' file (none on processes other than the first)."""
+def main(recipe: Recipe) -> Path | None:
+    """Every seed and arm; gives the records' file (None on processes other than the first)."""
     base = started(recipe)
     data, size, protocol = (base.data, base.image_size, base.protocol) if base else (recipe.data, recipe.image_size, recipe.protocol)
     splits = load(data, data_root=recipe.data_root, image_size=size, cache=recipe.cache)
-    paths = []
+    path = None
     for arm in recipe.arms if base else recipe.arms[:1]:
         row = f"{label(arm)} fine-tune" if base else "supervised"
         scores = {seed: score(replace(recipe, seed=seed, arms=[arm]), splits, protocol) for seed in recipe.seeds}
@@ -225,8 +225,8 @@ def main(recipe: Recipe) -> list[Path]:
                 "protocol": f"stopped on {'test' if protocol == 'reference' else 'held-out training'} images",
             },
         )
-        paths.append(save_record("g_simclr", record))
-    return list(dict.fromkeys(paths))
+        path = save_record("g_simclr", record)
+    return path
 
 
 if __name__ == "__main__":

@@ -135,7 +135,7 @@ def information(seed: int, group: int, groups: int = 800) -> dict[str, float]:
     return out
 
 
-def main(recipe: Recipe) -> list[Path]:
+def main(recipe: Recipe) -> Path | None:
     """Records of every method and metric, in the order of the recipe; empty on processes other than the first."""
     base = replace(recipe.pretrain, data_root=recipe.data_root or recipe.pretrain.data_root, out=recipe.out)
     recipe = replace(recipe, pretrain=base)
@@ -162,14 +162,15 @@ def main(recipe: Recipe) -> list[Path]:
             began = time.monotonic()
             note("information", seed, information(seed, group_size(base.method.ratio)) | {"seconds": time.monotonic() - began})
     if not pretrain.is_main():
-        return []
-    paths = list(dict.fromkeys(path for row, by_seed in found.items() for path in _record(recipe, row, by_seed, data)))
+        return None
+    for row, by_seed in found.items():
+        path = _record(recipe, row, by_seed, data)
     if base.method.mixing != "none":
         _draw(replace(base, seed=recipe.seeds[0]), recipe.demo)
-    return paths
+    return path
 
 
-def _record(recipe: Recipe, row: str, by_seed: dict[int, dict[str, float]], data: tuple[Split, Split]) -> list[Path]:
+def _record(recipe: Recipe, row: str, by_seed: dict[int, dict[str, float]], data: tuple[Split, Split]) -> Path:
     hours = sum(values["seconds"] for values in by_seed.values()) / 3600
     weights = {"untrained": "untrained", "information": "least squares"}.get(row, "trained here")
     run = recipe.pretrain
@@ -177,23 +178,11 @@ def _record(recipe: Recipe, row: str, by_seed: dict[int, dict[str, float]], data
     names = [name for name in next(iter(by_seed.values())) if name != "seconds"]
     about = {"name": "textured objects" if run.data == "textured" else run.data, "split": "test", "sha256": data[1].sha256}
     about["training_sha256"] = data[0].sha256
-    return [
-        save_record(
-            "mixed_ae",
-            Record(
-                f"recipes/{run.name}.yaml",
-                name,
-                [values[name] for values in by_seed.values()],
-                list(by_seed),
-                weights,
-                about,
-                hours,
-                {"row": row, "budget": budget},
-            ),
-            demo=recipe.demo,
-        )
-        for name in names
-    ]
+    for name in names:
+        values = [values[name] for values in by_seed.values()]
+        record = Record(f"recipes/{run.name}.yaml", name, values, list(by_seed), weights, about, hours, {"row": row, "budget": budget})
+        path = save_record("mixed_ae", record, demo=recipe.demo)
+    return path
 
 
 def _draw(run: pretrain.Recipe, demo: bool) -> None:

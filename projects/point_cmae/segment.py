@@ -226,12 +226,11 @@ def _trained(recipe: Recipe, model: PartSegmenter, train: Parts, test: Parts) ->
     }
 
 
-def main(recipe: Recipe) -> list[Path]:
-    """Every seed of the recipe; gives the records' file (none on processes other than the first)."""
+def main(recipe: Recipe) -> Path | None:
+    """Every seed of the recipe; gives the records' file (None on processes other than the first)."""
     scores = {seed: run(replace(recipe, seed=seed)) for seed in recipe.seeds}
     if not is_main():
-        return []
-    paths = []
+        return None
     each = list(scores.values())
     for number, name in enumerate(("instance", "class")):
         record = Record(
@@ -248,9 +247,9 @@ def main(recipe: Recipe) -> list[Path]:
                 "pre_training": recipe.start,
             },
         )
-        paths.append(save_record("point_cmae", record, demo=recipe.data == "solids"))
-        print(f"{recipe.name}: {summarise(record.values)} {record.metric}, recorded in {paths[-1]}")
-    return list(dict.fromkeys(paths))
+        path = save_record("point_cmae", record, demo=recipe.data == "solids")
+        print(f"{recipe.name}: {summarise(record.values)} {record.metric}, recorded in {path}")
+    return path
 
 
 if __name__ == "__main__":

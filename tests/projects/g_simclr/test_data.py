@@ -274,7 +274,7 @@ def test_a_checkpoint_of_the_reference_is_probed_and_recorded(tmp_path: Path, mo
     monkeypatch.setattr(evaluate, "load", lambda *_, **__: data.Splits(images, images))
     monkeypatch.setattr(pretrain, "main", lambda *_: pytest.fail("trained"))
     recipe = pretrain.Recipe(blocks=1, weights=str(path), arms=["reference"], seeds=[0], probe=pretrain.Probe(epochs=2))
-    found = results.read_records(evaluate.main(recipe)[0].parent)
+    found = results.read_records(evaluate.main(recipe).parent)
     assert {record["extra"]["row"] for record in found} == {f"G-SimCLR, reference P{i}" for i in (1, 2, 3)}
     assert {record["weights"] for record in found} == {"official, converted"}
     ours = evaluate.features(theirs, images)

@@ -224,8 +224,7 @@ def test_a_row_trains_probes_compares_and_records(tmp_path: Path, records: Path,
     measures = ["linear", "neighbour", "few"]
     recipe = tiny(tmp_path / "runs", seeds=[0, 1], probe=pretrain.Probe(measures=measures, epochs=2), clusters=12)
     recipe = replace(recipe, training=Training(epochs=1, checkpoint_every=0), arms=["random", "balanced"])
-    paths = evaluate.main(recipe)
-    found = results.read_records(paths[0].parent)
+    found = results.read_records(evaluate.main(recipe).parent)
     rows = {(r["extra"]["row"], r["metric"]) for r in found}
     assert len(found) == len(rows) == 2 * 6
     assert ("SimCLR P1", "top-1 (%)") in rows
@@ -263,7 +262,7 @@ def test_fine_tuning_starts_from_the_arm_and_keeps_the_statistics(
     recipe = replace(recipe, training=Training(epochs=3, precision=precision), share=0.5, head_epochs=3)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        path = finetune.main(recipe)[0]
+        path = finetune.main(recipe)
     record = json.loads(path.read_text())
     assert record["extra"]["row"] == "SimCLR fine-tune"
     assert record["extra"]["labels"] == 0.5
@@ -284,7 +283,7 @@ def test_the_supervised_baseline_trains_from_scratch(tmp_path: Path, records: Pa
     recipe = finetune.Recipe(
         name="none", start="none", data="digits", encoder="small", lr=1e-2, training=Training(epochs=6), out=str(tmp_path), seeds=[0]
     )
-    record = json.loads(finetune.main(recipe)[0].read_text())
+    record = json.loads(finetune.main(recipe).read_text())
     assert record["extra"]["row"] == "supervised"
     assert record["values"][0] > 40
 

@@ -117,7 +117,7 @@ def test_evaluation_trains_compares_records_and_draws(tmp_path: Path, records: P
         demo=True,
         out=str(tmp_path),
     )
-    found = results.read_records(evaluate.main(recipe)[0].parent)
+    found = results.read_records(evaluate.main(recipe).parent)
     assert {r["extra"]["row"] for r in found} == {"all", "mae", "naive", "full-mixing", "untrained"}
     by = {(r["extra"]["row"], r["metric"]): r["values"] for r in found}
     assert {metric for row, metric in by if row == "all"} >= {
@@ -146,7 +146,7 @@ def test_real_files_become_records_of_the_rows(tmp_path: Path, records: Path) ->
     recipe = read(evaluate.Recipe, RECIPES / "tinyimagenet.yaml")
     small = replace(recipe.pretrain, model=SMALL, batch_size=8, training=Training(steps=2, log_every=1))
     recipe = replace(recipe, pretrain=small, neighbours=5, data_root=str(tmp_path), out=str(tmp_path / "runs"))
-    found = results.read_records(evaluate.main(recipe)[0].parent)
+    found = results.read_records(evaluate.main(recipe).parent)
     made = {(record["recipe"], record["extra"]["row"], record["metric"]) for record in found}
     rows = [row for row in results.yaml.safe_load(TABLES.read_text())["rows"] if row.get("recipe") == "recipes/tinyimagenet.yaml"]
     assert rows
