@@ -17,6 +17,12 @@ R = TypeVar("R")
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
+NEUTRAL = {"name", "seed", "seeds", "compare", "data_root", "cache", "out", "workers"}
+NEUTRAL |= {f"training.{name}" for name in ("checkpoint_every", "log_every", "trackers")}
+"""Options that leave a row's figure what it is: which seeds and variants run, where files lie, what is shown meanwhile."""
+
+_process_changes: dict[str, str] = {}
+
 
 def _parser(recipe: type, *, exit_on_error: bool = True) -> ArgumentParser:
     parser = ArgumentParser(description=recipe.__doc__, exit_on_error=exit_on_error)
@@ -36,13 +42,36 @@ def _underscored(part: str) -> str:
     return "--" + name[2:].replace("-", "_") + equals + value if name.startswith("--") else part
 
 
+def changes(arguments: Sequence[str]) -> dict[str, str]:
+    """Options of a command line that change what its recipe computes, by name: all but `NEUTRAL` and the first `--config`."""
+    found: dict[str, str] = {}
+    configs = 0
+    for place, part in enumerate(arguments):
+        if not part.startswith("--"):
+            continue
+        name, equals, value = _underscored(part)[2:].partition("=")
+        configs += name == "config"
+        if name in NEUTRAL or (name == "config" and configs == 1):
+            continue
+        found[name] = value if equals else " ".join(arguments[place + 1 : place + 2])
+    return found
+
+
+def process_changes() -> dict[str, str]:
+    """`changes` of the command line that `parse` read for this process; empty where no script runs."""
+    return dict(_process_changes)
+
+
 def parse(recipe: type[R], argv: Sequence[str] | None = None) -> R:
     """Recipe from the command line (`argv`, default: the process's own).
 
-    Options may be spelled with hyphens or underscores. A typo, a wrong type or a failed check of `__post_init__` (ValueError) prints one line that names the key and exits with status 2.
+    Options may be spelled with hyphens or underscores; records keep those of the process that change a figure. A typo, a wrong type or a failed check of `__post_init__` (ValueError) prints one line that names the key and exits with status 2.
     """
     parser = _parser(recipe)
     given = sys.argv[1:] if argv is None else argv
+    if argv is None:
+        _process_changes.clear()
+        _process_changes.update(changes(given))
     try:
         return _build(recipe, parser, parser.parse_args([_underscored(part) for part in given]))
     except ValueError as err:  # from __post_init__: checks across fields

@@ -12,6 +12,7 @@ import json
 import math
 import platform
 import re
+import shlex
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -25,6 +26,7 @@ import torch
 import yaml
 
 from common.checkpoint import write_text
+from common.recipe import changes, process_changes
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECTS = ROOT / "projects"
@@ -97,6 +99,8 @@ def picture_path(paper: str, name: str, *, demo: bool = True) -> Path:
 def save_record(paper: str, record: Record, *, demo: bool = False) -> Path:
     """Append a record to `<recipe>-<commit>.jsonl`, one line a record; none is ever changed. Returns the file.
 
+    Options of the command line that change the recipe are kept as `options`: no row shows such a record unless its own command gives them.
+
     Raises:
         ValueError: as many values as seeds were expected, at least one, all finite.
     """
@@ -111,6 +115,8 @@ def save_record(paper: str, record: Record, *, demo: bool = False) -> Path:
         "device": device_name(),
         "versions": {name: version(name) for name in ("torch", "accelerate")} | {"python": platform.python_version()},
     }
+    if options := process_changes():
+        about["options"] = options
     folder = demo_folder(paper) if demo else PROJECTS / paper / "results"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{Path(record.recipe).stem}-{commit.partition('+')[0]}.jsonl"
@@ -209,6 +215,13 @@ def _cells(row: Mapping[str, Any], found: Mapping[str, Any] | None) -> dict[str,
     }
 
 
+def _as_commanded(row: Mapping[str, Any], options: Mapping[str, str]) -> bool:
+    """Whether a record's options are those that the row's command gives; a value with `{data}` or the like in it is a place."""
+    command = row.get("command") or ""
+    expected = changes(shlex.split(command if isinstance(command, str) else command[-1]))
+    return options.keys() == expected.keys() and all("{" in expected[name] or expected[name] == options[name] for name in options)
+
+
 def _matching(row: Mapping[str, Any], pool: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
     """The newest record of the row's recipe and metric, joined by older ones of other seeds: a row may be run a few seeds at a time.
 
@@ -220,6 +233,7 @@ def _matching(row: Mapping[str, Any], pool: Sequence[Mapping[str, Any]]) -> Mapp
         if r["recipe"] == row.get("recipe")
         and r["metric"] == row["metric"]
         and r.get("extra", {}).get("row", row.get("row")) == row.get("row")
+        and _as_commanded(row, r.get("options", {}))
     ]
     if not fitting:
         return None

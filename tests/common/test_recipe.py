@@ -9,7 +9,7 @@ from typing import Literal
 import pytest
 from jsonargparse.typing import NonNegativeFloat, OpenUnitInterval
 
-from common.recipe import parse, read, to_yaml
+from common.recipe import changes, parse, process_changes, read, to_yaml
 
 
 @dataclass(frozen=True)
@@ -90,3 +90,25 @@ def test_help_shows_what_each_field_is(capsys: pytest.CaptureFixture[str]) -> No
 def test_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere\.yaml"):
         read(Small, tmp_path / "nowhere.yaml")
+
+
+def test_options_that_change_the_recipe_are_told_from_the_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    arguments = [
+        "--config",
+        "a.yaml",
+        "--seeds",
+        "[0, 1]",
+        "--data-root=/d",
+        "--mask.ratio",
+        "0.5",
+        "--drop-rate=0.5",
+        "--config",
+        "b.yaml",
+    ]
+    assert changes(arguments) == {"mask.ratio": "0.5", "drop_rate": "0.5", "config": "b.yaml"}
+    monkeypatch.setattr("common.recipe._process_changes", {})
+    monkeypatch.setattr("sys.argv", ["script", "--config", write(tmp_path / "a.yaml", "lr: 1e-4\n"), "--depth=3"])
+    assert parse(Small) == Small(lr=1e-4, depth=3)
+    assert process_changes() == {"depth": "3"}
+    parse(Small, ["--depth=1"])  # not the process's own line
+    assert process_changes() == {"depth": "3"}

@@ -87,6 +87,20 @@ def test_records_of_other_seeds_are_joined_until_a_seed_was_run_again(house: Pat
     assert "| 90.0 | +5.8 | official, converted; " in results.table("toy")
 
 
+def test_a_record_made_with_options_stands_in_no_row_but_one_that_commands_them(house: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results, "process_changes", lambda: {"lr": "0.1", "weights": "/data/a.pth"})
+    path = results.save_record("toy", record())
+    assert json.loads(path.read_text())["options"] == {"lr": "0.1", "weights": "/data/a.pth"}
+    assert "| 84.2 ± 0.4 | not run |" in results.table("toy")
+    rows = house / "projects" / "toy" / "tables.yaml"
+    rows.write_text(
+        rows.read_text().replace("recipes/cora.yaml, command: x", "recipes/cora.yaml, command: [x, 'x --lr=0.1 --weights={data}/a.pth']")
+    )
+    assert "| 84.0 ± 0.8 (n=3) |" in results.table("toy")
+    rows.write_text(rows.read_text().replace("--lr=0.1", "--lr=0.2"))
+    assert "| 84.2 ± 0.4 | not run |" in results.table("toy")
+
+
 def test_one_recipe_is_picked_by_its_whole_name_and_a_broken_line_is_named(house: Path) -> None:
     results.save_record("toy", record(recipe="recipes/imdb.yaml"))
     path = results.save_record("toy", record(recipe="recipes/imdb-b.yaml"))
