@@ -69,14 +69,15 @@ def row_counts(rows: Tensor, group: dist.ProcessGroup | None = None) -> list[int
 
 def _all_rows(rows: Tensor, counts: Sequence[int] | None, group: dist.ProcessGroup | None) -> Tensor:
     _rank, world = _world(group)
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the new name since torch 2.14
     if counts is None or len(set(counts)) == 1:
         out = rows.new_empty((world * rows.shape[0], *rows.shape[1:]))
-        dist.all_gather_into_tensor(out, rows.contiguous(), group=group)
+        gather(out, rows.contiguous(), group=group)
         return out
     padded = rows.new_zeros((max(counts), *rows.shape[1:]))
     padded[: rows.shape[0]] = rows
     parts = rows.new_empty((world, *padded.shape))
-    dist.all_gather_into_tensor(parts.flatten(0, 1), padded, group=group)
+    gather(parts.flatten(0, 1), padded, group=group)
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 

@@ -77,8 +77,8 @@ def from_keep(keep: Tensor, count: int) -> Mask:
         raise ValueError(f"keep: expected positions 0 to {count - 1}, found {int(keep.min())} to {int(keep.max())}")
     keep = keep.long()
     hidden = torch.ones(len(keep), count, dtype=torch.bool, device=keep.device).scatter_(1, keep, False)
-    if (hidden.sum(1) != count - keep.shape[1]).any():
-        raise ValueError("keep: expected distinct positions in each sample, found one twice")
+    if len(twice := (hidden.sum(1) != count - keep.shape[1]).nonzero()):
+        raise ValueError(f"keep: expected distinct positions in each sample, found one twice in sample {int(twice[0])}")
     masked = _token_order(hidden)[:, keep.shape[1] :]
     return Mask(hidden, torch.cat([keep, masked], 1), keep.shape[1])
 
