@@ -136,7 +136,8 @@ def probe(run: Embed, recipe: Recipe, train: Pictures, test: Pictures) -> dict[s
 
 def run_of(recipe: Recipe, variant: str, seed: int) -> pretrain.Recipe:
     """The pre-training recipe of one run."""
-    name = recipe.name if variant == "both" else f"{recipe.name}-{variant}"
+    suffix = {"both": "", "teacher": "-probed-teacher"}  # <name>-teacher is where pretrain_teacher trained it
+    name = recipe.name + suffix.get(variant, f"-{variant}")
     return replace(recipe.pretrain, name=name, seed=seed, data_root=recipe.data_root, out=recipe.out, **VARIANTS.get(variant, {}))
 
 

@@ -96,7 +96,14 @@ def test_a_stopped_run_goes_on_to_the_same_weights_and_both_losses_fall(tmp_path
 
 def test_a_live_teacher_and_a_cached_one_train_alike(tmp_path: Path) -> None:
     source = pretrain_teacher.Recipe(
-        data="parts", limit=32, image_size=64, settings=CONV, batch_size=16, training=Training(epochs=1), out=str(tmp_path), name="teacher"
+        data="parts",
+        limit=32,
+        image_size=64,
+        settings=CONV,
+        batch_size=16,
+        training=Training(epochs=1),
+        out=str(tmp_path),
+        name="row-teacher",
     )
     pretrain_teacher.main(source)
     teacher = TeacherSource("timm:resnet10t", weights=str(source.folder), settings=CONV)
@@ -110,7 +117,7 @@ def test_a_live_teacher_and_a_cached_one_train_alike(tmp_path: Path) -> None:
     modified = (store / "manifest.json").stat().st_mtime_ns
     pretrain.main(replace(cached, name="again"))
     assert (store / "manifest.json").stat().st_mtime_ns == modified
-    row = evaluate.Recipe(pretrain=live, seeds=[0], out=str(tmp_path), test_limit=40)
+    row = evaluate.Recipe(name="row", pretrain=live, seeds=[0], out=str(tmp_path), test_limit=40)
     assert set(evaluate.score_seed(row, "teacher", 0)["scores"]) == {"linear probe (%)", "k-NN (%)"}
     with pytest.raises(ValueError, match="found the oracle"):
         evaluate.teacher_of(tiny(tmp_path))
