@@ -136,7 +136,7 @@ def information(seed: int, group: int, groups: int = 800) -> dict[str, float]:
 
 
 def main(recipe: Recipe) -> Path | None:
-    """Records of every method and metric, in the order of the recipe; empty on processes other than the first."""
+    """Every method and metric, in the order of the recipe; gives the records' file (None on processes other than the first)."""
     base = replace(recipe.pretrain, data_root=recipe.data_root or recipe.pretrain.data_root, out=recipe.out)
     recipe = replace(recipe, pretrain=base)
     runs = {"all" if base.method.mixing != "none" else "mae": base}
@@ -193,11 +193,10 @@ def _draw(run: pretrain.Recipe, demo: bool) -> None:
     test = pretrain.splits(run)[1]
     samples = Samples(test, run.model.image_size, "none" if isinstance(test.pixels, Tensor) else "centre")
     images = torch.stack([samples[i][0] for i in range(run.group)])
-    pictures.reconstructions(
-        picture_path("mixed_ae", f"{run.name}_reconstructions", demo=demo or run.data != "textured"), model, images, run.seed
-    )
+    untracked = demo or run.data != "textured"  # real images are not published
+    pictures.reconstructions(picture_path("mixed_ae", f"{run.name}_reconstructions", demo=untracked), model, images, run.seed)
     if model.homologous:
-        pictures.kept_keys(picture_path("mixed_ae", f"{run.name}_kept_keys", demo=demo or run.data != "textured"), model, images, run.seed)
+        pictures.kept_keys(picture_path("mixed_ae", f"{run.name}_kept_keys", demo=untracked), model, images, run.seed)
     history = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     pictures.course(picture_path("mixed_ae", f"{run.name}_course", demo=demo), history, run.method.ratio)
 

@@ -212,18 +212,9 @@ def main(recipe: Recipe) -> dict[str, dict[str, list[float]]]:
         seed = recipe.seeds[0]
         model = load_model(MRMAE, run_of(recipe, "both", seed).folder)
         test = load(recipe.pretrain.data, "test", data_root=recipe.data_root, limit=64, seed=seed)
-        pictures.reconstructions(
-            picture_path("mr_mae", f"{recipe.name}-reconstructions", demo=demo or recipe.pretrain.data != "parts"),
-            model,
-            test,
-            recipe.pretrain,
-        )
-        pictures.mimicked(
-            picture_path("mr_mae", f"{recipe.name}-mimicked", demo=demo or recipe.pretrain.data != "parts"), model, test, recipe.pretrain
-        )
-        pictures.attended(
-            picture_path("mr_mae", f"{recipe.name}-attended", demo=demo or recipe.pretrain.data != "parts"), model, test, recipe.pretrain
-        )
+        untracked = demo or recipe.pretrain.data != "parts"  # real images are not published
+        for draw in (pictures.reconstructions, pictures.mimicked, pictures.attended):
+            draw(picture_path("mr_mae", f"{recipe.name}-{draw.__name__}", demo=untracked), model, test, recipe.pretrain)
         pictures.orderings(picture_path("mr_mae", f"{recipe.name}-orderings", demo=demo), out)
     return out
 
