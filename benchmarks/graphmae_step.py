@@ -1,4 +1,5 @@
-"""A GraphMAE training step (forward, loss, backward, Adam) on two generated inputs: ours on both paths, and as a user of torch-geometric would write it.
+"""A GraphMAE training step (forward, loss, backward, Adam) on two generated inputs: ours on both paths, and as a user of torch-geometric would write it;
+one fit of the graph protocol's support vector machine, with our kernel matrix and with libsvm's kernel.
 
 `python -m benchmarks.steps graphmae` prints a JSON line each.
 """
@@ -11,9 +12,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from sklearn.datasets import make_classification
+from sklearn.svm import SVC
 from torch import Tensor, nn
 
 from benchmarks.timing import Built, Feed, Forms, parameters
+from common.probes import rbf_scale
 from projects.graphmae.data import Batches, shapes
 from projects.graphmae.layers import Graph, prepare
 from projects.graphmae.model import Features, GraphMAE, draw_masks
@@ -120,8 +124,14 @@ def _peer(inputs: Callable[[], tuple[Tensor, Tensor]], kind: str, settings: dict
     return Built(step, parameters(model))
 
 
+def _svm(kernel: Any) -> Built:
+    """Fit on 2,000 of 2,500 drawn embeddings (512 wide), predict the others."""
+    x, y = make_classification(2500, 512, n_informative=60, flip_y=0.15, random_state=0)
+    return Built(lambda: SVC(kernel=kernel).fit(x[:2000], y[:2000]).predict(x[2000:]), 0)
+
+
 def configurations() -> dict[str, Forms]:
-    """Node and graph step: the re-ordered efficient path, the plain one, and torch-geometric's layers."""
+    """Node and graph step: the re-ordered efficient path, the plain one, and torch-geometric's layers. The SVM: one kernel matrix, and pair by pair."""
     return {
         "node": {
             "efficient": lambda: _ours(node_input, NODE, "efficient", 2e-4, 1e-3),
@@ -133,6 +143,7 @@ def configurations() -> dict[str, Forms]:
             "plain": lambda: _ours(graph_input, GRAPH, "plain", 0.0, 1.5e-4),
             "torch-geometric": lambda: _peer(graph_input, "gin", GRAPH, 0.0, 1.5e-4),
         },
+        "SVM": {"kernel matrix": lambda: _svm(rbf_scale), "libsvm": lambda: _svm("rbf")},
     }
 
 

@@ -369,8 +369,11 @@ def cluster_scores(labels: Array, clusters: Array) -> dict[str, float]:
 # -- support vector machine --------------------------------------------------------------------------------------------
 
 
-def _rbf_scale(rows: np.ndarray, fitted: np.ndarray) -> np.ndarray:
-    """SVC's "rbf" with gamma "scale" as one matrix product; libsvm's own goes through the pairs one by one."""
+def rbf_scale(rows: np.ndarray, fitted: np.ndarray) -> np.ndarray:
+    """Kernel matrix (R, F) of `rows` (R, D) with the `fitted` rows (F, D): SVC's "rbf" with gamma "scale", as one matrix product.
+
+    A kernel for `SVC(kernel=...)`; libsvm's own goes through the pairs one by one.
+    """
     return rbf_kernel(rows, fitted, gamma=1 / (fitted.shape[1] * (fitted.var() or 1)))
 
 
@@ -405,7 +408,7 @@ def svm_kfold(
         )
     values = []
     for train, test in StratifiedKFold(folds, shuffle=True, random_state=seed).split(inputs, truth):
-        machine = SVC(kernel=_rbf_scale if kernel == "rbf" else kernel, random_state=42)
+        machine = SVC(kernel=rbf_scale if kernel == "rbf" else kernel, random_state=42)
         search = GridSearchCV(machine, {"C": list(penalties)}, cv=inner_folds, scoring="accuracy", n_jobs=jobs)
         search.fit(inputs[train], truth[train])
         values.append(accuracy(truth[test], search.predict(inputs[test])))
