@@ -189,8 +189,14 @@ def _obtained(record: Mapping[str, Any] | None, digits: int | None) -> str:
     if record is None:
         return "not run"
     values = record["values"]
-    mean = _number(fmean(values), None if digits is None else max(digits, 1))
-    return mean if len(values) == 1 else f"{mean} ± {_number(pstdev(values), None if digits is None else max(digits, 1))} (n={len(values)})"
+    mean, spread = fmean(values), pstdev(values)
+    digits = None if digits is None else max(digits, 1)
+    if len(values) == 1:
+        return _number(mean, digits)
+    size = max(abs(mean), spread)
+    if digits is None and 1e-4 <= size < 1e4:  # no reported figure: four significant digits of the larger, both with as many decimals
+        digits = 3 - math.floor(math.log10(size))
+    return f"{_number(mean, digits)} ± {_number(spread, digits)} (n={len(values)})"
 
 
 def _cells(row: Mapping[str, Any], found: Mapping[str, Any] | None) -> dict[str, str]:

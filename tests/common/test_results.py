@@ -57,6 +57,23 @@ def test_the_table_shows_reported_obtained_and_difference(house: Path) -> None:
     assert len(results.table("toy", only_run=True).splitlines()) == 3
 
 
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [
+        ([0.49, 0.51], "0.5000 ± 0.0100 (n=2)"),
+        ([79.0, 81.3], "80.15 ± 1.15 (n=2)"),
+        ([-0.06, 0.07], "0.00500 ± 0.06500 (n=2)"),
+        ([0.0, 0.0], "0 ± 0 (n=2)"),
+        ([12345.0, 12347.0], "1.235e+04 ± 1 (n=2)"),
+    ],
+)
+def test_without_a_reported_figure_the_spread_has_the_decimals_of_the_mean(house: Path, values: list[float], shown: str) -> None:
+    rows = house / "projects" / "toy" / "tables.yaml"
+    rows.write_text("paper: Toy\nrows:\n  - {what: own row, metric: m, reported: null, recipe: recipes/own.yaml, command: x}\n")
+    results.save_record("toy", record(recipe="recipes/own.yaml", metric="m", values=values, seeds=[0, 1]))
+    assert f"| – | {shown} | – |" in results.table("toy")
+
+
 def set_dates(path: Path, *dates: str) -> None:
     """Date and commit of the file's records, in order."""
     lines = [json.loads(line) | {"date": date, "commit": f"c{n}"} for n, (line, date) in enumerate(zip(path.open(), dates, strict=True))]
