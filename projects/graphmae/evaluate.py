@@ -123,7 +123,7 @@ def record(recipe: Recipe, task: NodeTask | GraphSet, scores: dict[int, dict[str
         extra |= {"protocol": "10-fold RBF SVM", "std_over_folds": [s["std_over_folds"] for s in scores.values()]}
     return Record(
         recipe=f"recipes/{recipe.name}.yaml",
-        metric=metric(task),
+        metric=metric(task, row),
         values=[s["value"] for s in scores.values()],
         seeds=list(scores),
         weights={"raw": "none", "untrained": "untrained"}.get(row or "", "trained here"),
@@ -133,7 +133,9 @@ def record(recipe: Recipe, task: NodeTask | GraphSet, scores: dict[int, dict[str
     )
 
 
-def metric(task: NodeTask | GraphSet) -> str:
+def metric(task: NodeTask | GraphSet, row: str | None = None) -> str:
+    if row in READOUTS:
+        return f"accuracy, {READOUTS[row]} readout (%)"
     return "micro F1 (%)" if isinstance(task, NodeTask) and task.multi_label else "accuracy (%)"
 
 
@@ -143,16 +145,27 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mlp-decoder": {"decoder": "mlp"},
     "mse": {"loss": "mse"},
 }
+READOUTS = {"readout-mean": "mean", "readout-max": "max", "readout-sum": "sum"}
 
 
 def beside(recipe: Recipe, what: str, task: NodeTask | GraphSet) -> dict[str, Any]:
-    """Scores of one seed of a baseline (raw features, untrained encoder) or of a variant that has one thing switched off."""
+    """Scores of one seed: a baseline (raw features, untrained encoder), the trained encoder under another readout, or a variant with one thing switched off."""
     if what in VARIANTS:
         return score_seed(replace(recipe, name=f"{recipe.name}-{what}", model=replace(recipe.model, **VARIANTS[what])), task)
     seed_everything(recipe.seed)
     began = time.monotonic()
-    embed = raw if what == "raw" else frozen(build(recipe, task.in_dim))
+    if what in READOUTS:
+        embed, recipe = frozen(trained(recipe, task)), replace(recipe, readout=READOUTS[what])
+    else:
+        embed = raw if what == "raw" else frozen(build(recipe, task.in_dim))
     return _probed(embed, task, recipe) | {"seconds": round(time.monotonic() - began, 1)}
+
+
+def trained(recipe: Recipe, task: NodeTask | GraphSet) -> GraphMAE:
+    """The model that the recipe's seed left in its run folder."""
+    model = build(recipe, task.in_dim)
+    load_into(model, read_state_dict(run_folder(recipe) / "model.safetensors"))
+    return model
 
 
 def raw(batch: Any) -> Tensor:
@@ -188,22 +201,27 @@ def main(recipe: Recipe) -> Path | None:
         return tasks[key]
 
     task = task_of(recipe.seeds[0])
+    if isinstance(task, NodeTask) and (unfit := sorted(READOUTS.keys() & set(recipe.compare))):
+        raise ValueError(f"compare: {unfit} are for graph tasks, {recipe.data} is a node task; leave them out")
     rank, processes = _alone() if isinstance(task, NodeTask) else (0, 1)
     for seed in recipe.seeds[rank::processes]:
         found = score_seed(replace(recipe, seed=seed), task_of(seed))
         print(f"{recipe.name}: seed {seed}: {found['value']:.2f} {metric(task)} ({found['seconds']:.0f} s)", flush=True)
-    if rank or not is_main():
+    if rank:
         return None
     files = {seed: run_folder(recipe, seed) / "score.json" for seed in recipe.seeds}
     while not all(file.is_file() for file in files.values()):  # other processes are at work on theirs
         time.sleep(1)
     scores = {seed: json.loads(file.read_text()) for seed, file in files.items()}
-    path = save_record("graphmae", record(recipe, task, scores, "full" if generated else None), demo=generated)
-    print(f"{recipe.name}: {summarise([s['value'] for s in scores.values()])} {metric(task)}, recorded in {path}")
-    for what in recipe.compare:
+    path = None
+    if is_main():
+        path = save_record("graphmae", record(recipe, task, scores, "full" if generated else None), demo=generated)
+        print(f"{recipe.name}: {summarise([s['value'] for s in scores.values()])} {metric(task)}, recorded in {path}")
+    for what in recipe.compare:  # by all processes of a graph task: a variant is trained by all
         others = {seed: beside(replace(recipe, seed=seed), what, task_of(seed)) for seed in recipe.seeds}
-        save_record("graphmae", record(recipe, task, others, what), demo=generated)
-        print(f"{recipe.name}, {what}: {summarise([s['value'] for s in others.values()])} {metric(task)}", flush=True)
+        if is_main():
+            save_record("graphmae", record(recipe, task, others, what), demo=generated)
+            print(f"{recipe.name}, {what}: {summarise([s['value'] for s in others.values()])} {metric(task, what)}", flush=True)
     if generated and isinstance(task, NodeTask):
         embedding_picture(replace(recipe, seed=recipe.seeds[0]), task)
     return path
@@ -216,8 +234,7 @@ def embedding_picture(recipe: Recipe, task: NodeTask) -> None:
 
     part = task.test[0]
     nodes, labels = part.nodes[:500], part.labels[:500]
-    model = build(recipe, task.in_dim)
-    load_into(model, read_state_dict(run_folder(recipe) / "model.safetensors"))
+    model = trained(recipe, task)
     figure, axes = plt.subplots(1, 2, figsize=(9, 4.2), layout="constrained")
     for axis, title, embed in zip(axes, ("word counts", "GraphMAE"), (raw, frozen(model)), strict=True):
         place = TSNE(perplexity=30, init="pca", random_state=0, max_iter=500).fit_transform(embed(part.batch)[nodes].cpu().numpy())

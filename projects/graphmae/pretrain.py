@@ -104,8 +104,10 @@ class Recipe:
     """Linear probe (node tasks)."""
     seeds: list[NonNegativeInt] = field(default_factory=lambda: list(range(20)))
     """Seeds of a table row."""
-    compare: list[Literal["raw", "untrained", "no-mask", "no-remask", "mlp-decoder", "mse"]] = field(default_factory=list)
-    """Measured beside the row: raw features, the untrained encoder, and variants that each switch one thing off."""
+    compare: list[
+        Literal["raw", "untrained", "no-mask", "no-remask", "mlp-decoder", "mse", "readout-mean", "readout-max", "readout-sum"]
+    ] = field(default_factory=list)
+    """Measured beside the row: raw features, the untrained encoder, variants that each switch one thing off, and the trained encoder under another readout (graph tasks)."""
     seed: NonNegativeInt = 0
     """Seed of one run."""
     path: Literal["efficient", "plain"] = "efficient"

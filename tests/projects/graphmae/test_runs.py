@@ -8,6 +8,7 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -121,8 +122,18 @@ def test_graph_row_uses_ten_folds_and_refuses_small_classes(tmp_path: Path, reco
     record = json.loads(evaluate.main(recipe).read_text())
     assert record["data"]["split"] == "10 stratified folds"
     assert record["values"][0] > 60  # the readout of even a hardly trained encoder tells rings, trees and cliques apart
+    evaluate.main(replace(recipe, compare=["readout-mean", "readout-sum"]))
+    mean, total = read_records(records)[-2:]
+    assert (mean["metric"], total["metric"]) == ("accuracy, mean readout (%)", "accuracy, sum readout (%)")
+    assert total["values"] == record["values"] != mean["values"]  # the same weights, read out as the row has it and otherwise
     with pytest.raises(ValueError, match=r"at least 10 samples each"):
         evaluate.probe_graphs(lambda batch: batch.x, data.shapes(graphs=15), recipe)
+
+
+def test_a_readout_beside_a_node_row_is_refused_before_training(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"compare: \['readout-sum'\] are for graph tasks, topic-graph is a node task"):
+        evaluate.main(tiny(tmp_path, compare=["readout-sum"]))
+    assert not list(tmp_path.iterdir())
 
 
 def test_another_recipe_in_the_same_folder_is_refused(tmp_path: Path) -> None:
@@ -237,6 +248,19 @@ def test_two_processes_end_with_one_model(two_processes: Any, tmp_path: Path) ->
     first, second = two_processes(_train, str(tmp_path))
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
+
+
+def _row(rank: int, out: str) -> Path | None:
+    recipe = read(pretrain.Recipe, RECIPES / "shapes.yaml", out=f"{out}/runs", seeds=[0], compare=["no-mask", "readout-mean"])
+    with mock.patch.multiple(results, ROOT=Path(out), PROJECTS=Path(out) / "projects"):
+        return evaluate.main(replace(recipe, training=Training(epochs=1, log_every=1)))
+
+
+def test_two_processes_train_a_graph_row_with_its_variants_and_write_once(two_processes: Any, tmp_path: Path) -> None:
+    path, none = two_processes(_row, str(tmp_path))
+    assert none is None
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [r["extra"]["row"] for r in found] == ["full", "no-mask", "readout-mean"]
 
 
 def _gradient(rank: int, halves: bool) -> dict[str, Tensor]:
