@@ -231,7 +231,7 @@ def _as_commanded(row: Mapping[str, Any], options: Mapping[str, str]) -> bool:
 def _matching(row: Mapping[str, Any], pool: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
     """The newest record of the row's recipe and metric, joined by older ones of other seeds: a row may be run a few seeds at a time.
 
-    A seed that was run again supersedes whatever stands before it.
+    A seed that was run again and came out otherwise supersedes whatever stands before it.
     """
     fitting = [
         r
@@ -247,10 +247,12 @@ def _matching(row: Mapping[str, Any], pool: Sequence[Mapping[str, Any]]) -> Mapp
     found = dict(zip(newest["seeds"], newest["values"], strict=True))
     commits = [newest["commit"]]
     for record in older:
-        if record["weights"] != newest["weights"] or found.keys() & set(record["seeds"]):
+        values = dict(zip(record["seeds"], record["values"], strict=True))
+        if record["weights"] != newest["weights"] or any(found.get(seed, value) != value for seed, value in values.items()):
             break
-        found |= dict(zip(record["seeds"], record["values"], strict=True))
-        commits.append(record["commit"])
+        if values.keys() - found.keys():
+            found |= values
+            commits.append(record["commit"])
     seeds = sorted(found)
     return {**newest, "seeds": seeds, "values": [found[seed] for seed in seeds], "commit": ", ".join(dict.fromkeys(reversed(commits)))}
 

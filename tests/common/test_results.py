@@ -94,12 +94,12 @@ def test_records_are_appended_and_the_newest_is_shown(house: Path) -> None:
     assert "| 84.0 ± 0.8 (n=3) |" in results.table("toy")
 
 
-def test_records_of_other_seeds_are_joined_until_a_seed_was_run_again(house: Path) -> None:
-    for seeds, values in (([0, 1], [70.0, 71.0]), ([0, 1], [80.0, 82.0]), ([2], [84.0])):
+def test_records_of_other_seeds_are_joined_until_a_seed_came_out_otherwise(house: Path) -> None:
+    for seeds, values in (([0, 1], [70.0, 71.0]), ([0, 1], [80.0, 82.0]), ([1], [82.0]), ([1, 2], [82.0, 84.0])):
         path = results.save_record("toy", record(seeds=seeds, values=values))
-    set_dates(path, "2026-01-01", "2026-01-02", "2026-01-03")
+    set_dates(path, "2026-01-01", "2026-01-02", "2026-01-03", "2026-01-04")
     assert "| 82.0 ± 1.6 (n=3) | -2.2 | trained here; " in results.table("toy")
-    assert "; c1, c2 |" in results.table("toy")
+    assert "; c1, c3 |" in results.table("toy")  # c2 holds nothing that c3 lacks
     results.save_record("toy", record(seeds=[3], values=[90.0], weights="official, converted"))
     assert "| 90.0 | +5.8 | official, converted; " in results.table("toy")
 
